@@ -1,0 +1,358 @@
+"""What the three scripts share: options, data, pictures, files. Plumbing only: no model, no loss, no training loop.
+
+Images are rows of 784 pixels in [0, 1], on one device from the start. Pictures are matplotlib Figures, which a notebook
+displays and `save` writes.
+"""
+import argparse
+import contextlib
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import sys
+import tempfile
+import urllib.request
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torchvision.datasets import MNIST
+from torchvision.utils import make_grid
+
+GOOGLE_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784) floats, y: (N,) integers
+
+
+# Options: every flag has one default, and bad input ends in one line.
+
+def number(kind, low, high=math.inf, above=False):
+    """The argparse type of an int or a float in [low, high], or in (low, high] if `above`; never nan, never inf."""
+    allowed = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'from'} {low}"
+    allowed += f" to {high}" if high < math.inf else " up"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: give {allowed}")
+        return value
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """The options that all scripts share; a script adds its own with `option`."""
+
+    def __init__(self, script, doc):
+        super().__init__(prog=f"{script}.py", description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.script = script
+        self.option("--epochs", 15, "passes over the training images", type=number(int, 1, 10**6))
+        self.option("--batch-size", 128, "images in a step", type=number(int, 1, 10**6))
+        self.option("--z-dim", 20, "dimensions of the Gaussian latent z", type=number(int, 1, 1000))
+        self.option("--seed", 0, "same seed and machine: same figures, same pictures", type=number(int, 0, 2**32 - 1))
+        self.option("--device", "auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
+        self.option("--data", "data", "folder of MNIST; it is downloaded where it is missing")
+        self.option("--out", "samples", "folder for the pictures and the checkpoint")
+        self.option("--load", None, "do not train: redraw every picture from this checkpoint", metavar="FILE")
+
+    def option(self, flag, default, text, **kwargs):
+        self.add_argument(flag, default=default, help=f"{text} (default: %(default)s)", **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def start(parser, argv=None):
+    """Refuses whatever can be refused before any work; returns the options, the data and --load's checkpoint or None."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, checkpoint = parser.parse_args(argv), None
+    if args.load:
+        checkpoint = load_checkpoint(args.load, parser.script)
+        saved = [f"--{name.replace('_', '-')}={value}" for name, value in checkpoint["args"].items()
+                 if name in vars(args) and value is not None]
+        trained, args = parser.parse_args(saved), parser.parse_args(saved + argv)
+        for name in checkpoint["args"]:  # --digit only chooses what is drawn, so it may differ
+            if name != "digit" and getattr(args, name, None) != getattr(trained, name, None):
+                parser.error(f"argument --{name.replace('_', '-')}: {getattr(args, name)} contradicts {args.load}, "
+                             f"trained with {getattr(trained, name)}; leave it out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda is not allowed: PyTorch finds no CUDA device here; give cpu or auto")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        raise SystemExit(f"{parser.prog}: cannot write to --out {args.out}: {error.strerror}") from None
+    data = load_mnist(args.data, device)
+    if checkpoint and checkpoint["source"] != data.source:
+        raise SystemExit(f"{parser.prog}: {args.load} was trained on {checkpoint['source']}, but --data {args.data} "
+                         f"gives {data.source}")
+    print(f"{parser.prog} on {device}, {data.source}: {len(data.x_train)} training and {len(data.x_test)} test images")
+    print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None))
+    torch.manual_seed(args.seed)
+    return args, data, checkpoint
+
+
+def run(main):
+    """Calls a script's main; Ctrl-C before anything could be saved ends with exit code 130 and one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; nothing more was written", file=sys.stderr)
+        sys.exit(130)
+
+
+# Data: MNIST as tensors on the device; no loader, no transform per image.
+
+def load_mnist(root="data", device="cpu"):
+    """MNIST from `root`, else from a mirror, else scikit-learn's digits with a warning.
+
+    Returns Data: x_train (60000, 784) and x_test (10000, 784) in [0, 1], y_train and y_test (N,), and the data's name.
+    Raises SystemExit with one line when a file is damaged and cannot be replaced.
+    """
+    folder = Path(root) / "MNIST" / "raw"
+    try:
+        arrays = [read_idx(fetch(folder, name, md5)) for name, md5 in MNIST.resources]
+        source = "MNIST"
+    except ConnectionError as error:
+        arrays, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
+        print(f"WARNING: MNIST is not in {folder} and cannot be downloaded ({error}); training on {source} instead")
+    x_train, y_train, x_test, y_test = arrays
+    if len(x_train) != len(y_train) or len(x_test) != len(y_test):
+        raise SystemExit(f"{folder}: the images and labels do not belong together; delete the folder and run again")
+    pixels = [torch.from_numpy(np.divide(x, 255, dtype=np.float32)).flatten(1).to(device) for x in (x_train, x_test)]
+    labels = [torch.from_numpy(y.astype(np.int64)).to(device) for y in (y_train, y_test)]
+    return Data(pixels[0], labels[0], pixels[1], labels[1], source)
+
+
+def fetch(folder, name, md5):
+    """The bytes of one MNIST file: from its archive, else the file unpacked beside it, else a mirror's archive.
+
+    Every archive must have torchvision's md5 sum. Raises ConnectionError when the file is nowhere to be had.
+    """
+    archive, unpacked = folder / name, folder / Path(name).stem
+    try:
+        if archive.is_file() and hashlib.md5((content := archive.read_bytes())).hexdigest() == md5:
+            return gzip.decompress(content)
+        if unpacked.is_file():
+            read_idx(content := unpacked.read_bytes())
+            return content
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError:
+        pass  # damaged: a mirror may mend it
+    except OSError as error:
+        raise SystemExit(f"cannot use {error.filename}: {error.strerror}; give another folder with --data") from None
+    first, *others = MNIST.mirrors  # the second of torchvision's own has been dead for years
+    for url in (first, GOOGLE_MIRROR, *others):
+        try:
+            with urllib.request.urlopen(url + name, timeout=10) as response:  # a silent network ends in 10 seconds
+                content = response.read()
+            if hashlib.md5(content).hexdigest() == md5:
+                print(f"downloaded {url}{name}")
+                write_whole(archive, content)
+                return gzip.decompress(content)
+            reason = f"{url}{name} is not the file it should be"
+        except (OSError, http.client.HTTPException) as error:
+            reason = f"{url}{name}: {error}"
+    for damaged in (archive, unpacked):
+        if damaged.exists():
+            raise SystemExit(f"{damaged} is damaged and cannot be downloaded again ({reason}); "
+                             "delete it, or put a good copy in its place")
+    raise ConnectionError(reason)
+
+
+def read_idx(content):
+    """The array in the bytes of an idx file, the format of MNIST; ValueError where they are none."""
+    if content[:3] != b"\0\0\x08":
+        raise ValueError("not an idx file of bytes")
+    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+
+
+def embedded_digits():
+    """scikit-learn's 1,797 digits of 8x8 as x_train, y_train, x_test, y_test in bytes, framed like MNIST's.
+
+    MNIST's digits fill a 20x20 box whose centre of mass is the centre of the 28x28 frame: one affine map does both.
+    """
+    from sklearn.datasets import load_digits  # here, since most runs never need it
+    digits = load_digits()
+    x = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None]                           # (1797, 1, 8, 8)
+    at = (torch.arange(8) + 0.5) / 4 - 1                                                         # pixel centres
+    mass = torch.stack([(x[:, 0] * at).sum((1, 2)), (x[:, 0] * at[:, None]).sum((1, 2))], 1) / x.sum((1, 2, 3))[:, None]
+    theta = torch.cat([torch.eye(2).expand(len(x), 2, 2) * 28 / 20, mass[:, :, None]], 2)        # (1797, 2, 3)
+    x = F.grid_sample(x, F.affine_grid(theta, (len(x), 1, 28, 28), align_corners=False), align_corners=False)
+    x, y, test = (x[:, 0] * 255).round().byte().numpy(), digits.target, np.arange(len(x)) % 6 == 5
+    # Ten times the 1,498 training images: an epoch worth its name, so that 15 of them give recognisable digits.
+    return np.tile(x[~test], (10, 1, 1)), np.tile(y[~test], 10), x[test], y[test]
+
+
+def one_hot(labels, n_classes=10):
+    """(N,) integer labels to (N, n_classes) floats on their device; ValueError for a label out of range."""
+    if labels.numel() and not 0 <= labels.min() <= labels.max() < n_classes:
+        raise ValueError(f"labels go from {labels.min()} to {labels.max()}, but {n_classes} classes are 0 to {n_classes - 1}")
+    return F.one_hot(labels.long(), n_classes).float()
+
+
+# Training's surroundings: noise of its own for the evaluation, and the log.
+
+@contextlib.contextmanager
+def fixed_noise(seed, device):
+    """Inside, random numbers start from `seed`; outside, nobody notices: evaluating never changes the training."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def until_ctrl_c(history):
+    """Inside, Ctrl-C ends the training, not the script, which goes on to evaluate and save; a second one ends that too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in epoch {len(history) + 1}: saving what has been trained so far; Ctrl-C again to leave now")
+
+
+def log_epoch(history, row, args):
+    """Appends a row of figures (nats per image) to the history and prints it as one line; stops if one is not finite."""
+    epoch = len(history) + 1
+    if not all(math.isfinite(value) for value in row.values()):
+        raise SystemExit(f"training diverged in epoch {epoch}: the loss is not finite. A smaller --lr than {args.lr:g} "
+                         "is the likely cure. Nothing was written.")
+    history.append(row)
+    if epoch == 1:
+        print("epoch " + " ".join(f"{name:>{max(6, len(name))}}" for name in row))
+    left = f"  {row['seconds'] * (args.epochs - epoch):.0f} s left" if sys.stdout.isatty() else ""
+    print(f"{epoch:5d} " + " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in row.items()) + left, flush=True)
+
+
+# Pictures.
+
+def show(images, title="", columns=8, row_labels=()):
+    """A Figure with (N, 784) images in [0, 1], or logits through a sigmoid, in a grid, black on white; N may be any number."""
+    grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0]   # (rows*28, columns*28)
+    height, width = 2 * grid.shape[0], 2 * grid.shape[1]                                        # two screen pixels each
+    left, top = 10 + 8 * max(map(len, row_labels), default=0), (30 if title else 10)             # room for the words
+    fig = Figure(figsize=((left + width + 10) / 100, (top + height + 10) / 100), dpi=100)
+    axes = fig.add_axes((left / (left + width + 10), 10 / (top + height + 10), width / (left + width + 10),
+                         height / (top + height + 10)))
+    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([14 + 28 * row for row in range(len(row_labels))], row_labels)
+    axes.tick_params(length=0)
+    return fig
+
+
+def plot_reconstruction(x, probs, columns=10):
+    """Test digits (N, 784), each above its reconstruction (N, 784)."""
+    rows = [F.pad(row, (0, 0, 0, columns - len(row)))                                           # the last may be short
+            for pair in zip(x.split(columns), probs.split(columns)) for row in pair]
+    return show(torch.cat(rows), "test digits and their reconstructions", columns,
+                ["digit", "reconstruction"] * (len(rows) // 2))
+
+
+@torch.no_grad()
+def plot_generation(model, n=64):
+    """n samples from the prior: z ~ N(0, I), then the pixel probabilities of p(x|z)."""
+    z = torch.randn(n, model.z_dim, device=next(model.parameters()).device)                      # (n, z_dim)
+    return show(torch.sigmoid(model.decode(z)), "samples from the prior", math.ceil(math.sqrt(n)))
+
+
+@torch.no_grad()
+def plot_conditional_generation(model, n=8, fix_number=None, name="digit"):
+    """A row for each class, a column for each z ~ N(0, I), the same z down a column; or n samples of class fix_number."""
+    z = torch.randn(n, model.z_dim, device=next(model.parameters()).device)                      # (n, z_dim)
+    classes = range(model.n_classes) if fix_number is None else [fix_number]
+    probs = [torch.sigmoid(model.decode(z, one_hot(torch.full_like(z[:, 0], k), model.n_classes))) for k in classes]
+    if fix_number is not None:
+        return show(probs[0], f"samples of {name} {fix_number}", math.ceil(math.sqrt(n)))
+    return show(torch.cat(probs), f"a row for each {name}, the same z down a column", n, [f"{name} {k}" for k in classes])
+
+
+def plot_curves(title, unit, curves):
+    """One line per epoch figure: curves maps a label to its values, epoch by epoch."""
+    fig = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = fig.add_subplot(title=title, xlabel="epoch", ylabel=unit)
+    for (label, values), colour in zip(curves.items(), ("#0072B2", "#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's
+        axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return fig
+
+
+# Files: each appears whole or not at all.
+
+def write_whole(path, content):
+    """Writes bytes beside `path`, then moves them there in one step; SystemExit with one line where that fails."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(path, item):
+    """Writes a Figure as a PNG, anything else with torch.save."""
+    buffer = io.BytesIO()
+    if isinstance(item, Figure):
+        item.savefig(buffer, format="png")
+    else:
+        torch.save(item, buffer)
+    write_whole(Path(path), buffer.getvalue())
+
+
+def load_checkpoint(path, script):
+    """What `finish` saved for this script; SystemExit with one line where it is anything else. Runs no code of the file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["script"] != script:
+            raise ValueError(f"it was saved by {checkpoint['script']}.py")
+        for part, kind in {"args": dict, "state_dict": dict, "history": list, "source": str}.items():
+            if not isinstance(checkpoint[part], kind):
+                raise ValueError(f"its {part} are damaged")
+        return checkpoint
+    except OSError as error:
+        raise SystemExit(f"{script}.py: cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # torch.load fails in a dozen ways on a file that is no checkpoint
+        why = error if isinstance(error, ValueError) else "it is damaged, or no checkpoint at all"
+        raise SystemExit(f"{script}.py: cannot use {path}: {why}; give a file that {script}.py has saved") from None
+
+
+def restore(model, checkpoint):
+    """Puts the checkpoint's weights into the model and returns its history; without a checkpoint, an empty one."""
+    if not checkpoint:
+        return []
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TypeError, AttributeError):
+        raise SystemExit("cannot use the checkpoint: its weights do not fit its options, so it is damaged") from None
+    return checkpoint["history"]
+
+
+def finish(script, args, data, model, history, results, pictures):
+    """Writes the checkpoint, unless it was loaded, and the pictures; prints what came out."""
+    files = {f"{script}_{name}.png": figure for name, figure in pictures.items()}
+    if not args.load:
+        trained_with = {name: value for name, value in vars(args).items() if name not in ("load", "out", "data", "device")}
+        if hasattr(model, "n_classes"):
+            trained_with["n_classes"] = model.n_classes
+        files = {f"{script}.pt": {"script": script, "args": trained_with, "history": history, "source": data.source,
+                                  "state_dict": model.state_dict()}, **files}
+    for name, item in files.items():
+        save(Path(args.out) / name, item)
+    print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
+    print("wrote " + " ".join(str(Path(args.out) / name) for name in files))
+    if data.source != "MNIST":
+        print(f"WARNING: these are figures of {data.source}")

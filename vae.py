@@ -1,0 +1,138 @@
+"""The variational auto-encoder: a deep latent-variable model of MNIST's digits, trained by one bound.
+
+A digit x is drawn by p(x, z) = p(z) p(x|z): z ~ N(0, I) has 20 numbers, and a decoder network turns them into 784
+Bernoulli probabilities, one a pixel. The posterior p(z|x) is out of reach, so an encoder network approximates it by
+q(z|x) = N(mu(x), diag(sigma^2(x))), and both are trained to maximise the evidence lower bound (ELBO),
+
+    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
+
+that is, to minimise -ELBO = reconstruction + KL, here in nats per image.
+
+    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
+    Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
+
+    python vae.py
+"""
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+class VAE(nn.Module):
+    """784-400-20 and back: encoder q(z|x), decoder p(x|z)."""
+
+    def __init__(self, image_size=784, h_dim=400, z_dim=20):
+        super().__init__()
+        self.z_dim = z_dim
+        self.to_hidden = nn.Linear(image_size, h_dim)
+        self.to_mu = nn.Linear(h_dim, z_dim)
+        self.to_log_var = nn.Linear(h_dim, z_dim)
+        self.from_latent = nn.Linear(z_dim, h_dim)
+        self.to_logits = nn.Linear(h_dim, image_size)
+
+    def encode(self, x):
+        """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
+        h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
+        return self.to_mu(h), self.to_log_var(h)
+
+    def reparameterize(self, mu, log_var):
+        """z = mu + sigma * noise (N, z_dim), so that gradients reach mu and sigma. Kingma and Welling, section 2.4."""
+        return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
+
+    def decode(self, z):
+        """z (N, z_dim) to Bernoulli logits (N, 784): stable in the loss; torch.sigmoid of them is the picture."""
+        return self.to_logits(F.relu(self.from_latent(z)))
+
+    def forward(self, x):
+        mu, log_var = self.encode(x)
+        return self.decode(self.reparameterize(mu, log_var)), mu, log_var
+
+
+def reconstruction(logits, x):
+    """-log p(x|z) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+
+
+def gaussian_kl(mu, log_var):
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images. Kingma and Welling 2013, appendix B."""
+    return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
+
+
+def train(model, data, args, history):
+    """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
+    n, device = len(data.x_train), data.x_train.device
+    with torch.no_grad():  # every image starts from the mean digit, not from grey: this saves half an epoch
+        model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    steps = args.epochs * math.ceil(n / args.batch_size)
+    # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / steps * 10, (1 - step / steps) / 0.9))
+    for _ in range(args.epochs):
+        start, total = time.perf_counter(), torch.zeros((), device=device)
+        for batch in torch.randperm(n, device=device).split(args.batch_size):
+            x = data.x_train[batch]                                    # (B, 784)
+            logits, mu, log_var = model(x)
+            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)
+            optimizer.zero_grad()
+            (recon + args.beta * kl).backward()
+            optimizer.step()
+            schedule.step()
+            total += (recon + kl).detach() * len(x)                    # stays on the device, so no step waits for it
+        train_loss = total.item() / n
+        seconds = time.perf_counter() - start
+        common.log_epoch(history, {"train": train_loss, **evaluate(model, data, args), "seconds": seconds}, args)
+
+
+@torch.no_grad()
+def evaluate(model, data, args):
+    """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta."""
+    total = 0
+    with common.fixed_noise(args.seed, data.x_test.device):
+        for x in data.x_test.split(1000):
+            logits, mu, log_var = model(x)
+            total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)]) * len(x)
+    recon, kl = (total / len(data.x_test)).tolist()
+    return {"recon": recon, "kl": kl, "loss": recon + kl}
+
+
+@torch.no_grad()
+def draw(model, data, args, history):
+    """The pictures of this script, by name."""
+    x = data.x_test[:40]
+    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
+            "generation": common.plot_generation(model),
+            "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
+                "-ELBO, training": [row["train"] for row in history],
+                "-ELBO, test": [row["loss"] for row in history],
+                "reconstruction, test": [row["recon"] for row in history],
+                "KL, test": [row["kl"] for row in history]})}
+
+
+def options():
+    parser = common.Parser("vae", __doc__)
+    parser.option("--lr", 3e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--beta", 1.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
+    return parser
+
+
+def main(argv=None):
+    """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
+    args, data, checkpoint = common.start(options(), argv)
+    model = VAE(z_dim=args.z_dim).to(data.x_train.device)
+    history = common.restore(model, checkpoint)
+    if not checkpoint:
+        with common.until_ctrl_c(history):
+            train(model, data, args, history)
+    results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
+    torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
+    common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
+    return results
+
+
+if __name__ == "__main__":
+    common.run(main)
