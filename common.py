@@ -227,17 +227,18 @@ def log_epoch(history, row, args):
         raise SystemExit(f"training diverged in epoch {epoch}: the loss is not finite. A smaller --lr than {args.lr:g} "
                          "is the likely cure. Nothing was written.")
     history.append(row)
+    shown = {name: value for name, value in row.items() if isinstance(value, float)}  # counts do not fit into 80 columns
     if epoch == 1:
-        print("epoch " + " ".join(f"{name:>{max(6, len(name))}}" for name in row))
+        print("epoch " + " ".join(f"{name:>6}" for name in shown))
     left = f"  {row['seconds'] * (args.epochs - epoch):.0f} s left" if sys.stdout.isatty() else ""
-    print(f"{epoch:5d} " + " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in row.items()) + left, flush=True)
+    print(f"{epoch:5d} " + " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in shown.items()) + left, flush=True)
 
 
 # Pictures.
 
 def show(images, title="", columns=8, row_labels=()):
     """A Figure with (N, 784) images in [0, 1], or logits through a sigmoid, in a grid, black on white; N may be any number."""
-    grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0]   # (rows*28, columns*28)
+    grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0].numpy()  # (rows*28, columns*28)
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]                                        # two screen pixels each
     left, top = 10 + 8 * max(map(len, row_labels), default=0), (30 if title else 10)             # room for the words
     fig = Figure(figsize=((left + width + 10) / 100, (top + height + 10) / 100), dpi=100)

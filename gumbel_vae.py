@@ -1,0 +1,205 @@
+"""The variational auto-encoder: a deep latent-variable model of MNIST's digits, trained by one bound.
+
+A digit x is drawn by p(x, z) = p(z) p(x|z): z ~ N(0, I) has 20 numbers, and a decoder network turns them into 784
+Bernoulli probabilities, one a pixel. The posterior p(z|x) is out of reach, so an encoder network approximates it by
+q(z|x) = N(mu(x), diag(sigma^2(x))), and both are trained to maximise the evidence lower bound (ELBO),
+
+    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
+
+that is, to minimise -ELBO = reconstruction + KL, here in nats per image.
+
+    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
+    Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
+
+    python vae.py
+"""
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+from torch import nn
+
+import common
+
+
+class GumbelVAE(nn.Module):
+    """784-400-20 and back, with 784-400-10 for the cluster: encoder q(z|x) q(c|x), decoder p(x|z, c)."""
+
+    def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10, tau=0.5):
+        super().__init__()
+        self.z_dim, self.n_classes, self.tau = z_dim, n_classes, tau
+        self.to_hidden = nn.Linear(image_size, h_dim)
+        self.to_mu = nn.Linear(h_dim, z_dim)
+        self.to_log_var = nn.Linear(h_dim, z_dim)
+        self.to_cluster_hidden = nn.Linear(image_size, h_dim)
+        self.to_log_p = nn.Linear(h_dim, n_classes)
+        self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
+        self.to_logits = nn.Linear(h_dim, image_size)
+
+    def encode(self, x):
+        """x (N, 784) to mu and log_var (N, z_dim), the Gaussian q(z|x), and log_p (N, n_classes), log q(c|x)."""
+        h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
+        return self.to_mu(h), self.to_log_var(h), self.cluster(x)
+
+    def cluster(self, x):
+        """x (N, 784) to log q(c|x) (N, n_classes), by a network of its own."""
+        return F.log_softmax(self.to_log_p(F.relu(self.to_cluster_hidden(x))), dim=1)
+
+    def reparameterize(self, mu, log_var):
+        """z = mu + sigma * noise (N, z_dim), so that gradients reach mu and sigma. Kingma and Welling, section 2.4."""
+        return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
+
+    def decode(self, z, c):
+        """z (N, z_dim), one-hot c (N, n_classes) to Bernoulli logits (N, 784); torch.sigmoid of them is the picture."""
+        return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
+
+    def forward(self, x):
+        mu, log_var, log_p = self.encode(x)
+        c = F.gumbel_softmax(log_p, tau=self.tau, hard=True)           # (N, n_classes), one-hot, with a gradient
+        return self.decode(self.reparameterize(mu, log_var), c), mu, log_var, log_p
+
+
+def reconstruction(logits, x):
+    """-log p(x|z) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+
+
+def gaussian_kl(mu, log_var):
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images. Kingma and Welling 2013, appendix B."""
+    return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
+
+
+def categorical_kl(log_p):
+    """KL(q(c|x) || uniform) = log K - H(q(c|x)), averaged over images, in nats."""
+    return math.log(log_p.shape[1]) + (log_p.exp() * log_p).sum(1).mean()
+
+
+def capacity(kl, target, gamma=30.0):
+    """Holds a KL at a target that rises during training, both in nats per image. Dupont 2018, equation 7."""
+    return gamma * (kl - target).abs()
+
+
+def clustering(log_p, log_p_warped, weight=40.0):
+    """Turns KL(c) around: c shall say much about x, use every cluster, and not notice a warp of x. After Hu et al. 2017.
+
+    log_p and log_p_warped are log q(c|x) and log q(c|Tx), each (N, n_classes); a scalar in nats.
+    """
+    p, target = log_p.exp(), log_p.detach()
+    log_q = log_p.logsumexp(0) - math.log(len(log_p))                  # (n_classes,): log q(c), the aggregate
+    invariance = (target.exp() * (target - log_p_warped)).sum(1).mean()  # KL(q(c|x) || q(c|Tx))
+    h_c_given_x = -(p * log_p).sum(1).mean()
+    h_c = -(log_q.exp() * log_q).sum()
+    return weight * (invariance + 0.1 * h_c_given_x - 0.4 * h_c)
+
+
+def smooth_fields(device):
+    """(19, 784): the fields over the image whose random mixtures are the warps: x, y, 1, and a bump at each of 4x4 places."""
+    at = (torch.arange(28) + 0.5) / 14 - 1                             # pixel centres in [-1, 1]
+    bumps = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=28, mode="bicubic", align_corners=True).view(16, 784)
+    return torch.cat([at.repeat(28)[None], at.repeat_interleave(28)[None], torch.ones(1, 784), bumps]).to(device)
+
+
+def warp(x, fields):
+    """T x (N, 784): each image a little rotated, sheared, scaled, shifted and bent, as no digit minds."""
+    limits = torch.tensor([0.26, 0.2, 0.1, 0.1, 2 / 14, 2 / 14], device=x.device)  # 15 degrees, ..., 2 pixels
+    rotation, shear, scale_x, scale_y, shift_x, shift_y = (limits * (2 * torch.rand(len(x), 6, device=x.device) - 1)).T
+    affine = torch.stack([1 + scale_x, shear - rotation, shift_x, rotation, 1 + scale_y, shift_y], 1).view(-1, 2, 3)
+    bend = 0.5 / 14 * torch.randn(len(x), 2, 16, device=x.device)      # half a pixel at each of the 4x4 places
+    grid = (torch.cat([affine, bend], 2) @ fields).view(-1, 2, 28, 28).permute(0, 2, 3, 1)
+    return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
+
+
+def train(model, data, args, history):
+    """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
+    n, device = len(data.x_train), data.x_train.device
+    fields = smooth_fields(device)
+    with torch.no_grad():  # every image starts from the mean digit, not from grey: this saves half an epoch
+        model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    steps = args.epochs * math.ceil(n / args.batch_size)
+    # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / steps * 10, (1 - step / steps) / 0.9))
+    for _ in range(args.epochs):
+        start, total = time.perf_counter(), torch.zeros((), device=device)
+        for batch in torch.randperm(n, device=device).split(args.batch_size):
+            x = data.x_train[batch]                                    # (B, 784)
+            logits, mu, log_var, log_p = model(x)
+            recon, kl, kl_c = reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)
+            if args.objective == "elbo":
+                loss = recon + args.beta * kl + kl_c
+            elif args.objective == "capacity":
+                progress = min(1, 2 * schedule.last_epoch / steps)
+                loss = recon + capacity(kl, 25.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
+            else:
+                loss = recon + args.beta * kl + clustering(log_p, model.cluster(warp(x, fields)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += (recon + kl + kl_c).detach() * len(x)                    # stays on the device, so no step waits for it
+        train_loss = total.item() / n
+        seconds = time.perf_counter() - start
+        common.log_epoch(history, {"train": train_loss, **evaluate(model, data, args), "seconds": seconds}, args)
+
+
+@torch.no_grad()
+def evaluate(model, data, args):
+    """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta.
+
+    The labels only score: nmi is that of the clusters argmax q(c|x) and the digits, acc that of their best matching.
+    """
+    total, log_ps = 0, []
+    with common.fixed_noise(args.seed, data.x_test.device):
+        for x in data.x_test.split(1000):
+            logits, mu, log_var, log_p = model(x)
+            total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)]) * len(x)
+            log_ps.append(log_p)
+    recon, kl, kl_c = (total / len(data.x_test)).tolist()
+    p = torch.cat(log_ps).exp()                                        # (N, n_classes)
+    digits, clusters = data.y_test.cpu(), p.argmax(1).cpu()
+    counts = contingency_matrix(digits, clusters)
+    return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c, "h_c": torch.special.entr(p.mean(0)).sum().item(),
+            "nmi": float(normalized_mutual_info_score(digits, clusters)),
+            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(digits), "clusters_used": counts.shape[1]}
+
+
+@torch.no_grad()
+def draw(model, data, args, history):
+    """The pictures of this script, by name."""
+    x = data.x_test[:40]
+    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
+            "generation": common.plot_conditional_generation(model, 10, name="cluster"),
+            "nmi": common.plot_curves(f"Clusters and digits, --objective {args.objective}", "NMI on the test set", {
+                args.objective: [row["nmi"] for row in history]})}
+
+
+def options():
+    parser = common.Parser("gumbel_vae", __doc__)
+    parser.option("--lr", 3e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--beta", 4.0, "weight of the KL(z) in training; 1 is the ELBO", type=common.number(float, 0))
+    parser.option("--objective", "mi", "how KL(c) is treated", choices=["elbo", "capacity", "mi"])
+    parser.option("--tau", 0.5, "temperature of the Gumbel-softmax", type=common.number(float, 0, above=True))
+    parser.option("--n-classes", 10, "clusters", type=common.number(int, 2, 1000))
+    return parser
+
+
+def main(argv=None):
+    """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
+    args, data, checkpoint = common.start(options(), argv)
+    model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes, tau=args.tau).to(data.x_train.device)
+    history = common.restore(model, checkpoint)
+    if not checkpoint:
+        with common.until_ctrl_c(history):
+            train(model, data, args, history)
+    results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
+    torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
+    common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
+    return results
+
+
+if __name__ == "__main__":
+    common.run(main)
