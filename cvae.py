@@ -116,7 +116,7 @@ def draw(model, data, args, history):
 
 def options():
     parser = common.Parser("cvae", __doc__)
-    parser.option("--lr", 3e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 10.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
     parser.option("--digit", None, "draw samples of this digit alone", type=common.number(int, 0, 9), metavar="D")
     return parser

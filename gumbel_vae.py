@@ -57,9 +57,10 @@ class GumbelVAE(nn.Module):
         """z (N, z_dim), one-hot c (N, n_classes) to Bernoulli logits (N, 784); torch.sigmoid of them is the picture."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
-    def forward(self, x):
+    def forward(self, x, teach_c=True):
         mu, log_var, log_p = self.encode(x)
-        c = F.gumbel_softmax(log_p, tau=self.tau, hard=True)           # (N, n_classes), one-hot, with a gradient
+        # A one-hot sample of q(c|x), with a gradient all the same, by which the decoder teaches c unless told not to.
+        c = F.gumbel_softmax(log_p if teach_c else log_p.detach(), tau=self.tau, hard=True)
         return self.decode(self.reparameterize(mu, log_var), c), mu, log_var, log_p
 
 
@@ -83,7 +84,7 @@ def capacity(kl, target, gamma=30.0):
     return gamma * (kl - target).abs()
 
 
-def clustering(log_p, log_p_warped, weight=40.0):
+def clustering(log_p, log_p_warped):
     """Turns KL(c) around: c shall say much about x, use every cluster, and not notice a warp of x. After Hu et al. 2017.
 
     log_p and log_p_warped are log q(c|x) and log q(c|Tx), each (N, n_classes); a scalar in nats.
@@ -93,7 +94,7 @@ def clustering(log_p, log_p_warped, weight=40.0):
     invariance = (target.exp() * (target - log_p_warped)).sum(1).mean()  # KL(q(c|x) || q(c|Tx))
     h_c_given_x = -(p * log_p).sum(1).mean()
     h_c = -(log_q.exp() * log_q).sum()
-    return weight * (invariance + 0.1 * h_c_given_x - 0.4 * h_c)
+    return invariance + 0.1 * h_c_given_x - 0.4 * h_c
 
 
 def smooth_fields(device):
@@ -105,10 +106,10 @@ def smooth_fields(device):
 
 def warp(x, fields):
     """T x (N, 784): each image a little rotated, sheared, scaled, shifted and bent, as no digit minds."""
-    limits = torch.tensor([0.26, 0.2, 0.1, 0.1, 2 / 14, 2 / 14], device=x.device)  # 15 degrees, ..., 2 pixels
-    rotation, shear, scale_x, scale_y, shift_x, shift_y = (limits * (2 * torch.rand(len(x), 6, device=x.device) - 1)).T
-    affine = torch.stack([1 + scale_x, shear - rotation, shift_x, rotation, 1 + scale_y, shift_y], 1).view(-1, 2, 3)
-    bend = 0.5 / 14 * torch.randn(len(x), 2, 16, device=x.device)      # half a pixel at each of the 4x4 places
+    stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1  # each (N,), -1 to 1
+    affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, right / 7,        # 10 %, 15 degrees, 2 pixels
+                          0.26 * turn, 1 + 0.1 * stretch_y, down / 7], 1).view(-1, 2, 3)
+    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # 0.7 pixels at each of the 4x4 places
     grid = (torch.cat([affine, bend], 2) @ fields).view(-1, 2, 28, 28).permute(0, 2, 3, 1)
     return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
 
@@ -127,7 +128,7 @@ def train(model, data, args, history):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
             x = data.x_train[batch]                                    # (B, 784)
-            logits, mu, log_var, log_p = model(x)
+            logits, mu, log_var, log_p = model(x, teach_c=args.objective != "mi")
             recon, kl, kl_c = reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)
             if args.objective == "elbo":
                 loss = recon + args.beta * kl + kl_c
@@ -179,7 +180,7 @@ def draw(model, data, args, history):
 
 def options():
     parser = common.Parser("gumbel_vae", __doc__)
-    parser.option("--lr", 3e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 4.0, "weight of the KL(z) in training; 1 is the ELBO", type=common.number(float, 0))
     parser.option("--objective", "mi", "how KL(c) is treated", choices=["elbo", "capacity", "mi"])
     parser.option("--tau", 0.5, "temperature of the Gumbel-softmax", type=common.number(float, 0, above=True))

@@ -111,7 +111,7 @@ def test_clustering_is_made_of_the_entropies_and_the_divergence_of_torch_distrib
     q, q_warped = D.Categorical(logits=log_p), D.Categorical(logits=log_p_warped)
     aggregate = D.Categorical(probs=log_p.exp().mean(0))
     oracle = D.kl_divergence(q, q_warped).mean() + 0.1 * q.entropy().mean() - 0.4 * aggregate.entropy()
-    torch.testing.assert_close(gumbel_vae.clustering(log_p, log_p_warped, weight=1.0), oracle)
+    torch.testing.assert_close(gumbel_vae.clustering(log_p, log_p_warped), oracle)
 
 
 def test_kl_c_is_mutual_information_plus_the_aggregates_kl():

@@ -115,7 +115,7 @@ def draw(model, data, args, history):
 
 def options():
     parser = common.Parser("vae", __doc__)
-    parser.option("--lr", 3e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 1.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
     return parser
 
