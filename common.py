@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def start(parser, argv=None):
-    """Refuses whatever can be refused before any work; returns the options, the data and --load's checkpoint or None."""
+    """Refuses what can be refused before any work; returns the options, the data and --load's checkpoint or None."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args, checkpoint = parser.parse_args(argv), None
     if args.load:
@@ -95,7 +95,8 @@ def start(parser, argv=None):
     if checkpoint and checkpoint["source"] != data.source:
         raise SystemExit(f"{parser.prog}: {args.load} was trained on {checkpoint['source']}, but --data {args.data} "
                          f"gives {data.source}")
-    print(f"{parser.prog} on {device}, {data.source}: {len(data.x_train)} training and {len(data.x_test)} test images")
+    print(f"{parser.prog} on {device}, 784-400-{args.z_dim}, {data.source}: {len(data.x_train)} training and "
+          f"{len(data.x_test)} test images")
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None))
     torch.manual_seed(args.seed)
     return args, data, checkpoint
@@ -126,8 +127,9 @@ def load_mnist(root="data", device="cpu"):
         arrays, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
         print(f"WARNING: MNIST is not in {folder} and cannot be downloaded ({error}); training on {source} instead")
     x_train, y_train, x_test, y_test = arrays
-    if len(x_train) != len(y_train) or len(x_test) != len(y_test):
-        raise SystemExit(f"{folder}: the images and labels do not belong together; delete the folder and run again")
+    for x, y in ((x_train, y_train), (x_test, y_test)):
+        if x.shape != (len(y), 28, 28) or y.ndim != 1 or not len(y):
+            raise SystemExit(f"{folder}: images {x.shape} and labels {y.shape} do not fit; delete the folder and rerun")
     pixels = [torch.from_numpy(np.divide(x, 255, dtype=np.float32)).flatten(1).to(device) for x in (x_train, x_test)]
     labels = [torch.from_numpy(y.astype(np.int64)).to(device) for y in (y_train, y_test)]
     return Data(pixels[0], labels[0], pixels[1], labels[1], source)
@@ -197,7 +199,7 @@ def embedded_digits():
 def one_hot(labels, n_classes=10):
     """(N,) integer labels to (N, n_classes) floats on their device; ValueError for a label out of range."""
     if labels.numel() and not 0 <= labels.min() <= labels.max() < n_classes:
-        raise ValueError(f"labels go from {labels.min()} to {labels.max()}, but {n_classes} classes are 0 to {n_classes - 1}")
+        raise ValueError(f"labels go from {labels.min()} to {labels.max()}: not the classes 0 to {n_classes - 1}")
     return F.one_hot(labels.long(), n_classes).float()
 
 
@@ -213,37 +215,38 @@ def fixed_noise(seed, device):
 
 @contextlib.contextmanager
 def until_ctrl_c(history):
-    """Inside, Ctrl-C ends the training, not the script, which goes on to evaluate and save; a second one ends that too."""
+    """Inside, Ctrl-C ends the training, not the script, which then evaluates and saves; a second one ends that too."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\ninterrupted in epoch {len(history) + 1}: saving what has been trained so far; Ctrl-C again to leave now")
+        print(f"\ninterrupted in epoch {len(history) + 1}: saving what has been trained; Ctrl-C again leaves at once")
 
 
 def log_epoch(history, row, args):
-    """Appends a row of figures (nats per image) to the history and prints it as one line; stops if one is not finite."""
+    """Appends a row of figures to the history and prints it as one line; SystemExit if one of them is not finite."""
     epoch = len(history) + 1
     if not all(math.isfinite(value) for value in row.values()):
         raise SystemExit(f"training diverged in epoch {epoch}: the loss is not finite. A smaller --lr than {args.lr:g} "
                          "is the likely cure. Nothing was written.")
     history.append(row)
-    shown = {name: value for name, value in row.items() if isinstance(value, float)}  # counts do not fit into 80 columns
+    shown = {name: value for name, value in row.items() if isinstance(value, float)}  # 80 columns hold no more
     if epoch == 1:
         print("epoch " + " ".join(f"{name:>6}" for name in shown))
     left = f"  {row['seconds'] * (args.epochs - epoch):.0f} s left" if sys.stdout.isatty() else ""
-    print(f"{epoch:5d} " + " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in shown.items()) + left, flush=True)
+    figures = " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in shown.items())
+    print(f"{epoch:5d} {figures}{left}", flush=True)
 
 
 # Pictures.
 
 def show(images, title="", columns=8, row_labels=()):
-    """A Figure with (N, 784) images in [0, 1], or logits through a sigmoid, in a grid, black on white; N may be any number."""
-    grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0].numpy()  # (rows*28, columns*28)
-    height, width = 2 * grid.shape[0], 2 * grid.shape[1]                                        # two screen pixels each
-    left, top = 10 + 8 * max(map(len, row_labels), default=0), (30 if title else 10)             # room for the words
-    fig = Figure(figsize=((left + width + 10) / 100, (top + height + 10) / 100), dpi=100)
-    axes = fig.add_axes((left / (left + width + 10), 10 / (top + height + 10), width / (left + width + 10),
-                         height / (top + height + 10)))
+    """A Figure with (N, 784) images in [0, 1] in a grid, ink on white; N may be any number."""
+    grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0].numpy()  # (28 R, 28 C)
+    height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two pixels of the screen for one of the digit: crisp
+    left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
+    full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
+    fig = Figure(figsize=(full_width / 100, full_height / 100), dpi=100)
+    axes = fig.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)
     axes.set_xticks([])
@@ -269,13 +272,30 @@ def plot_generation(model, n=64):
 
 @torch.no_grad()
 def plot_conditional_generation(model, n=8, fix_number=None, name="digit"):
-    """A row for each class, a column for each z ~ N(0, I), the same z down a column; or n samples of class fix_number."""
+    """A row a class, a column a z ~ N(0, I), the same z down a column; with fix_number n samples of that class."""
     z = torch.randn(n, model.z_dim, device=next(model.parameters()).device)                      # (n, z_dim)
     classes = range(model.n_classes) if fix_number is None else [fix_number]
     probs = [torch.sigmoid(model.decode(z, one_hot(torch.full_like(z[:, 0], k), model.n_classes))) for k in classes]
     if fix_number is not None:
         return show(probs[0], f"samples of {name} {fix_number}", math.ceil(math.sqrt(n)))
-    return show(torch.cat(probs), f"a row for each {name}, the same z down a column", n, [f"{name} {k}" for k in classes])
+    return show(torch.cat(probs), f"a row a {name}, the same z down a column", n, [f"{name} {k}" for k in classes])
+
+
+@torch.no_grad()
+def plot_manifold(model, mu, labels, n=20):
+    """For a z of two numbers: the digits decoded over the plane, beside the posterior means mu (N, 2) by label."""
+    at = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
+    z = torch.stack([at.repeat(n), at.flip(0).repeat_interleave(n)], 1)                          # (n * n, 2)
+    fig = Figure(figsize=(12, 6), dpi=100, layout="constrained")
+    plane, means = fig.subplots(1, 2)
+    grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
+    plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
+    plane.set(title="the digits over the plane of z, even steps in probability", xticks=[], yticks=[])
+    for k in range(10):
+        means.scatter(*mu[labels == k].cpu().T.numpy(), s=2, color=f"C{k}", label=k)
+    means.set(title="posterior means of the test digits", xlim=(-4, 4), ylim=(-4, 4))
+    means.legend(title="digit", markerscale=5)
+    return fig
 
 
 def plot_curves(title, unit, curves):
@@ -315,9 +335,9 @@ def save(path, item):
 
 
 def load_checkpoint(path, script):
-    """What `finish` saved for this script; SystemExit with one line where it is anything else. Runs no code of the file."""
+    """What `finish` saved for this script; SystemExit with one line where it is anything else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
         if checkpoint["script"] != script:
             raise ValueError(f"it was saved by {checkpoint['script']}.py")
         for part, kind in {"args": dict, "state_dict": dict, "history": list, "source": str}.items():
@@ -346,14 +366,15 @@ def finish(script, args, data, model, history, results, pictures):
     """Writes the checkpoint, unless it was loaded, and the pictures; prints what came out."""
     files = {f"{script}_{name}.png": figure for name, figure in pictures.items()}
     if not args.load:
-        trained_with = {name: value for name, value in vars(args).items() if name not in ("load", "out", "data", "device")}
+        places = ("load", "out", "data", "device")
+        trained_with = {name: value for name, value in vars(args).items() if name not in places}
         if hasattr(model, "n_classes"):
             trained_with["n_classes"] = model.n_classes
         files = {f"{script}.pt": {"script": script, "args": trained_with, "history": history, "source": data.source,
                                   "state_dict": model.state_dict()}, **files}
+    print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
     for name, item in files.items():
         save(Path(args.out) / name, item)
-    print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
     print("wrote " + " ".join(str(Path(args.out) / name) for name in files))
     if data.source != "MNIST":
         print(f"WARNING: these are figures of {data.source}")

@@ -1,17 +1,17 @@
-"""The variational auto-encoder: a deep latent-variable model of MNIST's digits, trained by one bound.
+"""The conditional beta-VAE: the decoder is told the label, which is cheating, so that a digit can be asked for.
 
-A digit x is drawn by p(x, z) = p(z) p(x|z): z ~ N(0, I) has 20 numbers, and a decoder network turns them into 784
-Bernoulli probabilities, one a pixel. The posterior p(z|x) is out of reach, so an encoder network approximates it by
-q(z|x) = N(mu(x), diag(sigma^2(x))), and both are trained to maximise the evidence lower bound (ELBO),
+A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) need only say
+how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. With
 
-    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
+    loss = reconstruction + beta * KL
 
-that is, to minimise -ELBO = reconstruction + KL, here in nats per image.
+a large beta makes room in z dear, so that z leaves to the label what the label already says: at beta = 1 many samples
+are some other digit than the one asked for, at beta = 10 hardly any, and they are smoother and less varied.
 
-    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
-    Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
+    Higgins et al. 2017, beta-VAE, ICLR, equation 4
+    Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
 
-    python vae.py
+    python cvae.py --beta 10 --epochs 15
 """
 import math
 import time
@@ -67,12 +67,13 @@ def train(model, data, args, history):
     """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
-    with torch.no_grad():  # every image starts from the mean digit, not from grey: this saves half an epoch
+    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
         model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / steps * 10, (1 - step / steps) / 0.9))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(10 * (step + 1) / steps, (1 - step / steps) / 0.9))
     for _ in range(args.epochs):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
@@ -105,18 +106,19 @@ def evaluate(model, data, args):
 def draw(model, data, args, history):
     """The pictures of this script, by name."""
     x, y = data.x_test[:40], common.one_hot(data.y_test[:40], model.n_classes)
-    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x, y)[0])),
-            "generation": common.plot_conditional_generation(model, 64 if args.digit is not None else 10, args.digit),
-            "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
-                "-ELBO, training": [row["train"] for row in history],
-                "-ELBO, test": [row["loss"] for row in history],
-                "reconstruction, test": [row["recon"] for row in history],
-                "KL, test": [row["kl"] for row in history]})}
+    pictures = {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x, y)[0])),
+                "generation": common.plot_conditional_generation(model, 10 if args.digit is None else 64, args.digit),
+                "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
+                    "-ELBO, training": [row["train"] for row in history],
+                    "-ELBO, test": [row["loss"] for row in history],
+                    "reconstruction, test": [row["recon"] for row in history],
+                    "KL, test": [row["kl"] for row in history]})}
+    return pictures
 
 
 def options():
     parser = common.Parser("cvae", __doc__)
-    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 8e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 10.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
     parser.option("--digit", None, "draw samples of this digit alone", type=common.number(int, 0, 9), metavar="D")
     return parser

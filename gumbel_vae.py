@@ -1,17 +1,23 @@
-"""The variational auto-encoder: a deep latent-variable model of MNIST's digits, trained by one bound.
+"""The Gumbel VAE: a categorical latent c beside z, with which the model sorts the digits by itself, without a label.
 
-A digit x is drawn by p(x, z) = p(z) p(x|z): z ~ N(0, I) has 20 numbers, and a decoder network turns them into 784
-Bernoulli probabilities, one a pixel. The posterior p(z|x) is out of reach, so an encoder network approximates it by
-q(z|x) = N(mu(x), diag(sigma^2(x))), and both are trained to maximise the evidence lower bound (ELBO),
+A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), c uniform over ten clusters, and inferred by q(z|x) q(c|x);
+c is sampled by the Gumbel-softmax. The bound has one more term:
 
-    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
+    -ELBO = reconstruction + KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ) = I(x; c) + KL( q(c) || p(c) ) on average,
 
-that is, to minimise -ELBO = reconstruction + KL, here in nats per image.
+with q(c) the average of q(c|x), and I the mutual information. Three ways to treat KL(c), by --objective:
 
-    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
-    Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
+    elbo      as it is: the bound pays for a c that knows nothing of x, and gets it
+    capacity  both KLs are held at capacities: c has to say something, not which digit it is
+    mi        KL(c) turned around: c shall know x, use every cluster, and not change when x is warped to Tx,
+              KL( q(c|x) || q(c|Tx) ) + 0.1 H(c|x) - H(c) = KL( q(c|x) || q(c|Tx) ) - 0.1 I(x; c) - 0.9 H(c)
 
-    python vae.py
+    Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
+    Dupont 2018, Learning Disentangled Joint Continuous and Discrete Representations, arXiv:1804.00104, equation 7
+    Hu et al. 2017, Learning Discrete Representations via Information Maximizing Self-Augmented Training (IMSAT),
+    arXiv:1702.08720
+
+    python gumbel_vae.py
 """
 import math
 import time
@@ -85,28 +91,25 @@ def capacity(kl, target, gamma=30.0):
 
 
 def clustering(log_p, log_p_warped):
-    """Turns KL(c) around: c shall say much about x, use every cluster, and not notice a warp of x. After Hu et al. 2017.
-
-    log_p and log_p_warped are log q(c|x) and log q(c|Tx), each (N, n_classes); a scalar in nats.
-    """
-    p, target = log_p.exp(), log_p.detach()
-    log_q = log_p.logsumexp(0) - math.log(len(log_p))                  # (n_classes,): log q(c), the aggregate
-    invariance = (target.exp() * (target - log_p_warped)).sum(1).mean()  # KL(q(c|x) || q(c|Tx))
-    h_c_given_x = -(p * log_p).sum(1).mean()
+    """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - H(c) of two (N, n_classes): a scalar in nats. After Hu et al. 2017."""
+    target = log_p.detach()                                            # q(c|x) teaches q(c|Tx), not the reverse
+    invariance = (target.exp() * (target - log_p_warped)).sum(1).mean()
+    h_c_given_x = -(log_p.exp() * log_p).sum(1).mean()
+    log_q = log_p.logsumexp(0) - math.log(len(log_p))                  # (n_classes,): the aggregate log q(c)
     h_c = -(log_q.exp() * log_q).sum()
-    return invariance + 0.1 * h_c_given_x - 0.4 * h_c
+    return invariance + 0.1 * h_c_given_x - h_c
 
 
 def smooth_fields(device):
-    """(19, 784): the fields over the image whose random mixtures are the warps: x, y, 1, and a bump at each of 4x4 places."""
+    """(19, 784): what warps are mixed from, as values over the image: x, y, 1, and a bump at each of 4x4 places."""
     at = (torch.arange(28) + 0.5) / 14 - 1                             # pixel centres in [-1, 1]
     bumps = F.interpolate(torch.eye(16).view(16, 1, 4, 4), size=28, mode="bicubic", align_corners=True).view(16, 784)
     return torch.cat([at.repeat(28)[None], at.repeat_interleave(28)[None], torch.ones(1, 784), bumps]).to(device)
 
 
 def warp(x, fields):
-    """T x (N, 784): each image a little rotated, sheared, scaled, shifted and bent, as no digit minds."""
-    stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1  # each (N,), -1 to 1
+    """Tx (N, 784): each image stretched, sheared, turned, shifted and bent a little, as changes no digit."""
+    stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1  # (N,) each
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, right / 7,        # 10 %, 15 degrees, 2 pixels
                           0.26 * turn, 1 + 0.1 * stretch_y, down / 7], 1).view(-1, 2, 3)
     bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # 0.7 pixels at each of the 4x4 places
@@ -115,15 +118,16 @@ def warp(x, fields):
 
 
 def train(model, data, args, history):
-    """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
+    """Minimises the objective; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
     fields = smooth_fields(device)
-    with torch.no_grad():  # every image starts from the mean digit, not from grey: this saves half an epoch
+    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
         model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / steps * 10, (1 - step / steps) / 0.9))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(10 * (step + 1) / steps, (1 - step / steps) / 0.9))
     for _ in range(args.epochs):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
@@ -134,14 +138,14 @@ def train(model, data, args, history):
                 loss = recon + args.beta * kl + kl_c
             elif args.objective == "capacity":
                 progress = min(1, 2 * schedule.last_epoch / steps)
-                loss = recon + capacity(kl, 25.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
+                loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
             else:
                 loss = recon + args.beta * kl + clustering(log_p, model.cluster(warp(x, fields)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += (recon + kl + kl_c).detach() * len(x)                    # stays on the device, so no step waits for it
+            total += (recon + kl + kl_c).detach() * len(x)             # stays on the device, so no step waits for it
         train_loss = total.item() / n
         seconds = time.perf_counter() - start
         common.log_epoch(history, {"train": train_loss, **evaluate(model, data, args), "seconds": seconds}, args)
@@ -151,7 +155,7 @@ def train(model, data, args, history):
 def evaluate(model, data, args):
     """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta.
 
-    The labels only score: nmi is that of the clusters argmax q(c|x) and the digits, acc that of their best matching.
+    The labels score, and do nothing else: nmi and acc compare them with argmax q(c|x), acc by the best matching.
     """
     total, log_ps = 0, []
     with common.fixed_noise(args.seed, data.x_test.device):
@@ -163,24 +167,27 @@ def evaluate(model, data, args):
     p = torch.cat(log_ps).exp()                                        # (N, n_classes)
     digits, clusters = data.y_test.cpu(), p.argmax(1).cpu()
     counts = contingency_matrix(digits, clusters)
-    return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c, "h_c": torch.special.entr(p.mean(0)).sum().item(),
+    return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
+            "h_c": torch.special.entr(p.mean(0)).sum().item(),         # of the aggregate: log K when all are used alike
             "nmi": float(normalized_mutual_info_score(digits, clusters)),
-            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(digits), "clusters_used": counts.shape[1]}
+            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(digits),  # the Hungarian method
+            "clusters_used": counts.shape[1]}
 
 
 @torch.no_grad()
 def draw(model, data, args, history):
     """The pictures of this script, by name."""
     x = data.x_test[:40]
-    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
-            "generation": common.plot_conditional_generation(model, 10, name="cluster"),
-            "nmi": common.plot_curves(f"Clusters and digits, --objective {args.objective}", "NMI on the test set", {
-                args.objective: [row["nmi"] for row in history]})}
+    pictures = {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
+                "generation": common.plot_conditional_generation(model, 10, name="cluster"),
+                "nmi": common.plot_curves("How well the clusters match the digits", "NMI, test", {
+                    f"--objective {args.objective}": [row["nmi"] for row in history]})}
+    return pictures
 
 
 def options():
     parser = common.Parser("gumbel_vae", __doc__)
-    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 8e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 4.0, "weight of the KL(z) in training; 1 is the ELBO", type=common.number(float, 0))
     parser.option("--objective", "mi", "how KL(c) is treated", choices=["elbo", "capacity", "mi"])
     parser.option("--tau", 0.5, "temperature of the Gumbel-softmax", type=common.number(float, 0, above=True))

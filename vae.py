@@ -66,12 +66,13 @@ def gaussian_kl(mu, log_var):
 def train(model, data, args, history):
     """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
-    with torch.no_grad():  # every image starts from the mean digit, not from grey: this saves half an epoch
+    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
         model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / steps * 10, (1 - step / steps) / 0.9))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(10 * (step + 1) / steps, (1 - step / steps) / 0.9))
     for _ in range(args.epochs):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
@@ -104,18 +105,21 @@ def evaluate(model, data, args):
 def draw(model, data, args, history):
     """The pictures of this script, by name."""
     x = data.x_test[:40]
-    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
-            "generation": common.plot_generation(model),
-            "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
-                "-ELBO, training": [row["train"] for row in history],
-                "-ELBO, test": [row["loss"] for row in history],
-                "reconstruction, test": [row["recon"] for row in history],
-                "KL, test": [row["kl"] for row in history]})}
+    pictures = {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
+                "generation": common.plot_generation(model),
+                "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
+                    "-ELBO, training": [row["train"] for row in history],
+                    "-ELBO, test": [row["loss"] for row in history],
+                    "reconstruction, test": [row["recon"] for row in history],
+                    "KL, test": [row["kl"] for row in history]})}
+    if args.z_dim == 2:  # the whole latent space fits on a page
+        pictures["manifold"] = common.plot_manifold(model, model.encode(data.x_test)[0], data.y_test)
+    return pictures
 
 
 def options():
     parser = common.Parser("vae", __doc__)
-    parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
+    parser.option("--lr", 8e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 1.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
     return parser
 
