@@ -20,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torchvision.datasets import MNIST
 from torchvision.utils import make_grid
 
@@ -120,19 +118,24 @@ def load_mnist(root="data", device="cpu"):
     Raises SystemExit with one line when a file is damaged and cannot be replaced.
     """
     folder = Path(root) / "MNIST" / "raw"
-    try:
-        arrays = [read_idx(fetch(folder, name, md5)) for name, md5 in MNIST.resources]
-        source = "MNIST"
+    try:  # one file after the other, so that no more than one lies in memory twice
+        tensors = [to_tensor(read_idx(fetch(folder, name, md5)), device) for name, md5 in MNIST.resources]
+        data = Data(*tensors, "MNIST")
     except ConnectionError as error:
-        arrays, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
-        print(f"WARNING: MNIST is not in {folder} and cannot be downloaded ({error}); training on {source} instead")
-    x_train, y_train, x_test, y_test = arrays
-    for x, y in ((x_train, y_train), (x_test, y_test)):
-        if x.shape != (len(y), 28, 28) or y.ndim != 1 or not len(y):
-            raise SystemExit(f"{folder}: images {x.shape} and labels {y.shape} do not fit; delete the folder and rerun")
-    pixels = [torch.from_numpy(np.divide(x, 255, dtype=np.float32)).flatten(1).to(device) for x in (x_train, x_test)]
-    labels = [torch.from_numpy(y.astype(np.int64)).to(device) for y in (y_train, y_test)]
-    return Data(pixels[0], labels[0], pixels[1], labels[1], source)
+        data = Data(*(to_tensor(array, device) for array in embedded_digits()), "scikit-learn's 8x8 digits (NOT MNIST)")
+        print(f"WARNING: MNIST is not in {folder} and cannot be downloaded ({error}); "
+              f"training on {data.source} instead")
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        if y.ndim != 1 or x.shape != (len(y), 784) or not len(y):
+            raise SystemExit(f"{folder}: these are not 28x28 images and their labels; delete the folder and run again")
+    return data
+
+
+def to_tensor(array, device):
+    """Images (N, 28, 28) of bytes to (N, 784) floats in [0, 1], labels (N,) to integers."""
+    if array.ndim == 3:
+        return torch.from_numpy(np.divide(array, 255, dtype=np.float32)).flatten(1).to(device)
+    return torch.from_numpy(array.astype(np.int64)).to(device)
 
 
 def fetch(folder, name, md5):
@@ -239,13 +242,20 @@ def log_epoch(history, row, args):
 
 # Pictures.
 
+def figure(width, height):
+    """An empty matplotlib Figure, in pixels."""
+    from matplotlib.figure import Figure  # here, so that training need not carry it
+    return Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+
+
 def show(images, title="", columns=8, row_labels=()):
     """A Figure with (N, 784) images in [0, 1] in a grid, ink on white; N may be any number."""
     grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0].numpy()  # (28 R, 28 C)
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two pixels of the screen for one of the digit: crisp
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
-    fig = Figure(figsize=(full_width / 100, full_height / 100), dpi=100)
+    fig = figure(full_width, full_height)
+    fig.set_layout_engine("none")  # every place is given to the pixel
     axes = fig.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)
@@ -286,7 +296,7 @@ def plot_manifold(model, mu, labels, n=20):
     """For a z of two numbers: the digits decoded over the plane, beside the posterior means mu (N, 2) by label."""
     at = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
     z = torch.stack([at.repeat(n), at.flip(0).repeat_interleave(n)], 1)                          # (n * n, 2)
-    fig = Figure(figsize=(12, 6), dpi=100, layout="constrained")
+    fig = figure(1200, 600)
     plane, means = fig.subplots(1, 2)
     grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
     plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
@@ -300,11 +310,11 @@ def plot_manifold(model, mu, labels, n=20):
 
 def plot_curves(title, unit, curves):
     """One line per epoch figure: curves maps a label to its values, epoch by epoch."""
-    fig = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    fig = figure(600, 400)
     axes = fig.add_subplot(title=title, xlabel="epoch", ylabel=unit)
     for (label, values), colour in zip(curves.items(), ("#0072B2", "#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's
         axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     return fig
@@ -327,7 +337,7 @@ def write_whole(path, content):
 def save(path, item):
     """Writes a Figure as a PNG, anything else with torch.save."""
     buffer = io.BytesIO()
-    if isinstance(item, Figure):
+    if hasattr(item, "savefig"):
         item.savefig(buffer, format="png")
     else:
         torch.save(item, buffer)

@@ -95,7 +95,7 @@ def evaluate(model, data, args):
     """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta."""
     total, labels = 0, common.one_hot(data.y_test, model.n_classes)
     with common.fixed_noise(args.seed, data.x_test.device):
-        for x, y in zip(data.x_test.split(1000), labels.split(1000)):
+        for x, y in zip(data.x_test.split(500), labels.split(500)):
             logits, mu, log_var = model(x, y)
             total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)]) * len(x)
     recon, kl = (total / len(data.x_test)).tolist()
@@ -132,6 +132,7 @@ def main(argv=None):
     if not checkpoint:
         with common.until_ctrl_c(history):
             train(model, data, args, history)
+    data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
     results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
     torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
     common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))

@@ -159,7 +159,7 @@ def evaluate(model, data, args):
     """
     total, log_ps = 0, []
     with common.fixed_noise(args.seed, data.x_test.device):
-        for x in data.x_test.split(1000):
+        for x in data.x_test.split(500):
             logits, mu, log_var, log_p = model(x)
             total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)]) * len(x)
             log_ps.append(log_p)
@@ -203,6 +203,7 @@ def main(argv=None):
     if not checkpoint:
         with common.until_ctrl_c(history):
             train(model, data, args, history)
+    data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
     results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
     torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
     common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
