@@ -135,7 +135,7 @@ def train(model, data, args, history):
             logits, mu, log_var, log_p = model(x, teach_c=args.objective != "mi")
             recon, kl, kl_c = reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)
             if args.objective == "elbo":
-                loss = recon + args.beta * kl + kl_c
+                loss = recon + kl + kl_c                               # exactly, without a weight
             elif args.objective == "capacity":
                 progress = min(1, 2 * schedule.last_epoch / steps)
                 loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
@@ -155,7 +155,7 @@ def train(model, data, args, history):
 def evaluate(model, data, args):
     """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta.
 
-    The labels score, and do nothing else: nmi and acc compare them with argmax q(c|x), acc by the best matching.
+    The labels score the clusters argmax q(c|x), here and nowhere else.
     """
     total, log_ps = 0, []
     with common.fixed_noise(args.seed, data.x_test.device):
@@ -165,12 +165,16 @@ def evaluate(model, data, args):
             log_ps.append(log_p)
     recon, kl, kl_c = (total / len(data.x_test)).tolist()
     p = torch.cat(log_ps).exp()                                        # (N, n_classes)
-    digits, clusters = data.y_test.cpu(), p.argmax(1).cpu()
-    counts = contingency_matrix(digits, clusters)
     return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
             "h_c": torch.special.entr(p.mean(0)).sum().item(),         # of the aggregate: log K when all are used alike
-            "nmi": float(normalized_mutual_info_score(digits, clusters)),
-            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(digits),  # the Hungarian method
+            **score(data.y_test.cpu(), p.argmax(1).cpu())}
+
+
+def score(labels, clusters):
+    """Compares two (N,) lists of integers: NMI, and accuracy under the best one-to-one matching (Hungarian method)."""
+    counts = contingency_matrix(labels, clusters)
+    return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
+            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(labels),
             "clusters_used": counts.shape[1]}
 
 
@@ -188,7 +192,7 @@ def draw(model, data, args, history):
 def options():
     parser = common.Parser("gumbel_vae", __doc__)
     parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
-    parser.option("--beta", 4.0, "weight of the KL(z) in training; 1 is the ELBO", type=common.number(float, 0))
+    parser.option("--beta", 4.0, "weight of KL(z) under --objective mi; 1 is that of the ELBO", type=common.number(float, 0))
     parser.option("--objective", "mi", "how KL(c) is treated", choices=["elbo", "capacity", "mi"])
     parser.option("--tau", 0.5, "temperature of the Gumbel-softmax", type=common.number(float, 0, above=True))
     parser.option("--n-classes", 10, "clusters", type=common.number(int, 2, 1000))

@@ -4,13 +4,13 @@ import gzip
 import hashlib
 import http.server
 import inspect
+import itertools
 import math
 import re
 import shlex
 import subprocess
 import sys
 import threading
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +62,13 @@ def data_folder(tmp_path_factory):
 def tiny(data_folder, tmp_path):
     """Runs a script's main on the made-up images for two short epochs, with pictures in tmp_path."""
     def run(script, *argv, out=tmp_path):
-        return SCRIPTS[script].main(["--data", str(data_folder), "--out", str(out), "--epochs", "2", "--batch-size", "64",
-                                     *argv] if "--load" not in argv else
-                                    ["--data", str(data_folder), "--out", str(out), *argv])
+        short = [] if "--load" in argv else ["--epochs", "2", "--batch-size", "64"]
+        return SCRIPTS[script].main(["--data", str(data_folder), "--out", str(out), *short, *argv])
     return run
+
+
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
 @pytest.fixture
@@ -124,15 +127,24 @@ def test_kl_c_is_mutual_information_plus_the_aggregates_kl():
 
 def test_capacity_is_zero_on_target_and_grows_on_both_sides():
     assert gumbel_vae.capacity(torch.tensor(3.0), 3.0) == 0
-    assert gumbel_vae.capacity(torch.tensor(2.5), 3.0, gamma=10.0) == gumbel_vae.capacity(torch.tensor(3.5), 3.0, gamma=10.0) == 5
+    assert gumbel_vae.capacity(torch.tensor(2.5), 3.0, gamma=10.0) == 5
+    assert gumbel_vae.capacity(torch.tensor(3.5), 3.0, gamma=10.0) == 5
+
+
+def test_score_matches_clusters_to_labels_one_to_one():
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    assert gumbel_vae.score(labels, (labels + 1) % 3) == {"nmi": 1.0, "acc": 1.0, "clusters_used": 3}
+    clusters = np.array([5, 5, 3, 5, 5, 4, 3, 1])
+    best = max(sum(dict(zip(order, range(4)))[c] == y for c, y in zip(clusters, labels))
+               for order in itertools.permutations((1, 3, 4, 5)))
+    assert gumbel_vae.score(labels, clusters)["acc"] == best / 8
 
 
 @every_script
 def test_losses_do_not_depend_on_the_batch_size(script):
-    module, logits, x = SCRIPTS[script], torch.randn(8, 784), torch.rand(8, 784)
-    mu, log_var = torch.randn(8, 5), torch.randn(8, 5)
-    torch.testing.assert_close(module.reconstruction(logits.repeat(3, 1), x.repeat(3, 1)), module.reconstruction(logits, x))
-    torch.testing.assert_close(module.gaussian_kl(mu.repeat(3, 1), log_var.repeat(3, 1)), module.gaussian_kl(mu, log_var))
+    for loss, size in ((SCRIPTS[script].reconstruction, 784), (SCRIPTS[script].gaussian_kl, 5)):
+        a, b = torch.rand(8, size), torch.rand(8, size)
+        torch.testing.assert_close(loss(a.repeat(3, 1), b.repeat(3, 1)), loss(a, b))
 
 
 @every_script
@@ -219,13 +231,15 @@ def test_without_mnist_or_network_the_embedded_digits_serve_and_say_so(tmp_path,
     data = common.load_mnist(tmp_path)
     assert "WARNING" in capsys.readouterr().out and "NOT MNIST" in data.source
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-        assert x.shape == (len(y), 784) and 0 <= x.min() and 0.9 < x.max() <= 1 and y.unique().tolist() == list(range(10))
+        assert x.shape == (len(y), 784) and 0 <= x.min() and 0.9 < x.max() <= 1
+        assert y.unique().tolist() == list(range(10))
     images = data.x_train[:1498].view(-1, 28, 28)
     at = torch.arange(28) - 13.5
     mass = images.sum((1, 2))
     assert ((images.sum(1) @ at) / mass).abs().max() < 1 and ((images.sum(2) @ at) / mass).abs().max() < 1  # centred
     assert images[:, 3:-3, 3:-3].sum() > 0.99 * images.sum() and len(data.x_train) == 14980  # with a margin
-    assert not set(map(bytes, (data.x_train * 255).byte().numpy())) & set(map(bytes, (data.x_test * 255).byte().numpy()))
+    seen, held_out = (set(map(bytes, x.numpy())) for x in (data.x_train, data.x_test))
+    assert not seen & held_out
 
 
 @pytest.fixture
@@ -246,8 +260,7 @@ def mirror(tmp_path, monkeypatch):
             pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    order = [name for part in ("train", "t10k") for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")]
-    monkeypatch.setattr(MNIST, "resources", sorted(resources, key=lambda resource: order.index(resource[0])))
+    monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
     monkeypatch.setattr(common, "GOOGLE_MIRROR", "http://127.0.0.1:9/")  # nobody answers there
     yield folder
@@ -257,8 +270,8 @@ def mirror(tmp_path, monkeypatch):
 def test_download_checks_and_keeps_the_archives(tmp_path, mirror):
     raw = tmp_path / "data" / "MNIST" / "raw"
     data = common.load_mnist(tmp_path / "data")
-    assert data.source == "MNIST" and data.x_train.shape == (256, 784) and data.y_test.tolist() == [i % 10 for i in range(64)]
-    assert data.x_train.max() == 220 / 255
+    assert data.source == "MNIST" and data.x_train.shape == (256, 784) and data.x_train.max() == 220 / 255
+    assert data.y_test.tolist() == [i % 10 for i in range(64)]
     assert sorted(path.name for path in raw.iterdir()) == sorted(name for name, _ in MNIST.resources)
     (raw / MNIST.resources[0][0]).write_bytes(b"half an arch")  # as an interrupted download would leave it
     for path in mirror.iterdir():
@@ -293,7 +306,8 @@ def test_damaged_files_are_mended_from_the_archive_or_refused(tmp_path, mirror, 
 @every_script
 def test_a_run_reports_and_leaves_its_files(script, tiny, tmp_path, capsys):
     results = tiny(script)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{script}.pt"} | {f"{script}_{name}.png" for name in PICTURES[script]}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{script}.pt"} | {f"{script}_{name}.png" for name in PICTURES[script]}
     assert all(math.isfinite(value) for value in results.values()) and results["train_seconds"] > 0
     assert results["loss"] == pytest.approx(results["recon"] + results["kl"] + results.get("kl_c", 0))
     if script == "gumbel_vae":
@@ -303,16 +317,15 @@ def test_a_run_reports_and_leaves_its_files(script, tiny, tmp_path, capsys):
     table = out.splitlines()[2:5]
     assert len({len(line) for line in table}) == 1 and len(table[0]) <= 80 and table[2].startswith("    2 ")
     checkpoint = torch.load(tmp_path / f"{script}.pt", weights_only=True)
-    assert checkpoint["args"]["z_dim"] == 20 and checkpoint["args"].get("n_classes") == (None if script == "vae" else 10)
+    assert checkpoint["args"]["z_dim"] == 20
+    assert checkpoint["args"].get("n_classes") == (None if script == "vae" else 10)
 
 
 @every_script
 def test_load_redraws_the_same_pictures_and_figures(script, tiny, tmp_path):
     trained = tiny(script, "--z-dim", "3", "--seed", "5")
     loaded = tiny(script, "--load", str(tmp_path / f"{script}.pt"), out=tmp_path / "again")
-    assert loaded == trained
-    for name in PICTURES[script]:
-        assert (tmp_path / f"{script}_{name}.png").read_bytes() == (tmp_path / "again" / f"{script}_{name}.png").read_bytes()
+    assert loaded == trained and pictures(tmp_path) == pictures(tmp_path / "again")
     with pytest.raises(SystemExit) as stop:
         tiny(script, "--load", str(tmp_path / f"{script}.pt"), "--z-dim", "4")
     assert stop.value.code == 2
@@ -327,8 +340,7 @@ def test_same_seed_same_bytes_and_evaluating_does_not_disturb(script, tiny, tmp_
     monkeypatch.setattr(module, "evaluate", lambda *args: evaluate(*args) and evaluate(*args))  # twice as often
     second = tiny(script, out=tmp_path / "b")
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
-    for name in PICTURES[script]:
-        assert (tmp_path / "a" / f"{script}_{name}.png").read_bytes() == (tmp_path / "b" / f"{script}_{name}.png").read_bytes()
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
     assert tiny(script, "--seed", "1", out=tmp_path / "c")["loss"] != first["loss"]
 
 
@@ -336,7 +348,7 @@ def test_same_seed_same_bytes_and_evaluating_does_not_disturb(script, tiny, tmp_
 def test_a_few_dozen_steps_on_one_batch_lower_the_loss(script, tiny, monkeypatch):
     rows = []
     log_epoch = common.log_epoch
-    monkeypatch.setattr(common, "log_epoch", lambda history, row, args: (rows.append(row), log_epoch(history, row, args)))
+    monkeypatch.setattr(common, "log_epoch", lambda *given: (rows.append(given[1]), log_epoch(*given)))
     tiny(script, "--batch-size", "1000", "--epochs", "40", "--beta", "1")
     assert rows[-1]["train"] < 0.85 * rows[0]["train"] and rows[-1]["recon"] < 0.85 * rows[0]["recon"]
 
@@ -358,7 +370,8 @@ REFUSED = [(script, flag, value) for script in SCRIPTS for flag, values in {
     "--epochs": ["0", "-1", "1.5", "many", "nan"], "--batch-size": ["0", "-8", "2.5"], "--z-dim": ["0", "-2", "x"],
     "--lr": ["0", "-1", "nan", "inf"], "--beta": ["-1", "nan", "inf"], "--seed": ["-1", "0.5"], "--device": ["gpu"],
     "--wrong": ["1"]}.items() for value in values] + [
-    ("cvae", "--digit", "10"), ("cvae", "--digit", "-1"), ("gumbel_vae", "--n-classes", "1"), ("gumbel_vae", "--tau", "0"),
+    ("cvae", "--digit", "10"), ("cvae", "--digit", "-1"),
+    ("gumbel_vae", "--n-classes", "1"), ("gumbel_vae", "--tau", "0"),
     ("gumbel_vae", "--n-classes", "2.5"), ("gumbel_vae", "--tau", "nan"), ("gumbel_vae", "--objective", "best")]
 
 
@@ -427,11 +440,16 @@ def test_ctrl_c_ends_the_training_and_saves_it(script, tiny, tmp_path, monkeypat
     assert math.isfinite(tiny(script, "--epochs", "5")["loss"])
     assert "interrupted in epoch 2" in capsys.readouterr().out
     assert len(torch.load(tmp_path / f"{script}.pt", weights_only=True)["history"]) == 1
-    monkeypatch.setattr(SCRIPTS[script], "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = pictures(tmp_path)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    for place in ("log_epoch", "load_mnist"):  # before the first epoch ends: saved all the same; before it starts: 130
+        monkeypatch.setattr(common, place, interrupt)
+        if place == "log_epoch":
+            assert math.isfinite(tiny(script)["loss"]) and pictures(tmp_path) != before
     with pytest.raises(SystemExit) as stop:
-        monkeypatch.setattr(sys, "argv", [script, "--data", str(tmp_path / "nothing"), "--out", str(tmp_path)])
-        monkeypatch.setattr(common, "load_mnist", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        common.run(SCRIPTS[script].main)
+        common.run(lambda: tiny(script))
     assert stop.value.code == 130
 
 
@@ -444,7 +462,8 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(SystemExit, match="cannot write .*picture.png: No space left on device"):
         common.write_whole(tmp_path / "picture.png", b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"] and (tmp_path / "picture.png").read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
+    assert (tmp_path / "picture.png").read_bytes() == b"old"
 
 
 def test_as_a_user_types_it(tmp_path, data_folder):
@@ -454,6 +473,13 @@ def test_as_a_user_types_it(tmp_path, data_folder):
     assert done.returncode == 0 and done.stderr == "" and (tmp_path / "gumbel_vae_nmi.png").exists()
     done = run("cvae.py --epochs 0")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_the_readme_points_to_the_lines_it_names():
+    places = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(places) > 5
+    for name, file, line in places:
+        assert f"def {name}(" in (HERE / file).read_text().splitlines()[int(line) - 1], (name, file, line)
 
 
 def test_every_command_in_the_readme_and_the_docstrings_parses():
