@@ -315,6 +315,7 @@ def plot_curves(title, unit, curves):
     for (label, values), colour in zip(curves.items(), ("#0072B2", "#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's
         axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     return fig
