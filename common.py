@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import urllib.request
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torchvision.datasets import MNIST
 from torchvision.utils import make_grid
 
 GOOGLE_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+EMBEDDED, OWN = "scikit-learn's 8x8 digits (NOT MNIST)", "files of your own"
 Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784) floats, y: (N,) integers
 
 
@@ -32,7 +34,7 @@ Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784)
 def number(kind, low, high=math.inf, above=False):
     """The argparse type of an int or a float in [low, high], or in (low, high] if `above`; never nan, never inf."""
     allowed = f"{'a whole number' if kind is int else 'a number'} {'above' if above else 'from'} {low}"
-    allowed += f" to {high}" if high < math.inf else " up"
+    allowed += f" to {high}" if high < math.inf else "" if above else " up"
 
     def parse(text):
         try:
@@ -72,7 +74,7 @@ def start(parser, argv=None):
     """Refuses what can be refused before any work; returns the options, the data and --load's checkpoint or None."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args, checkpoint = parser.parse_args(argv), None
-    if args.load:
+    if args.load is not None:
         checkpoint = load_checkpoint(args.load, parser.script)
         saved = [f"--{name.replace('_', '-')}={value}" for name, value in checkpoint["args"].items()
                  if name in vars(args) and value is not None]
@@ -118,16 +120,22 @@ def load_mnist(root="data", device="cpu"):
     Raises SystemExit with one line when a file is damaged and cannot be replaced.
     """
     folder = Path(root) / "MNIST" / "raw"
-    try:  # one file after the other, so that no more than one lies in memory twice
-        tensors = [to_tensor(read_idx(fetch(folder, name, md5)), device) for name, md5 in MNIST.resources]
-        data = Data(*tensors, "MNIST")
+    tensors, sources = [], set()
+    try:
+        for name, md5 in MNIST.resources:  # one after the other, so that no more than one lies in memory twice
+            content, source = fetch(folder, name, md5)
+            tensors.append(to_tensor(read_idx(content), device))
+            sources.add(source)
     except ConnectionError as error:
-        data = Data(*(to_tensor(array, device) for array in embedded_digits()), "scikit-learn's 8x8 digits (NOT MNIST)")
-        print(f"WARNING: MNIST is not in {folder} and cannot be downloaded ({error}); "
-              f"training on {data.source} instead")
+        tensors, sources = [to_tensor(array, device) for array in embedded_digits()], {EMBEDDED}
+        print(f"WARNING: MNIST is not complete in {folder} and cannot be downloaded ({error}); "
+              f"training on {EMBEDDED} instead")
+    if {OWN, "a mirror"} <= sources:
+        raise SystemExit(f"{folder} mixes files of your own with MNIST from a mirror; give yours a folder with all four")
+    data = Data(*tensors, next(name for name in (EMBEDDED, OWN, "MNIST") if name in sources | {"MNIST"}))
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
-        if y.ndim != 1 or x.shape != (len(y), 784) or not len(y):
-            raise SystemExit(f"{folder}: these are not 28x28 images and their labels; delete the folder and run again")
+        if y.ndim != 1 or x.shape != (len(y), 784) or not len(y) or y.max() > 9:
+            raise SystemExit(f"{folder}: these are not 28x28 images with labels from 0 to 9; give another --data")
     return data
 
 
@@ -139,31 +147,37 @@ def to_tensor(array, device):
 
 
 def fetch(folder, name, md5):
-    """The bytes of one MNIST file: from its archive, else the file unpacked beside it, else a mirror's archive.
+    """The bytes of one MNIST file and their source: from its archive, else the file unpacked, else a mirror's archive.
 
-    Every archive must have torchvision's md5 sum. Raises ConnectionError when the file is nowhere to be had.
+    An archive with torchvision's md5 sum is MNIST; any other whole file of the format is taken for the user's own.
+    Raises ConnectionError when the file is nowhere to be had.
     """
     archive, unpacked = folder / name, folder / Path(name).stem
     try:
-        if archive.is_file() and hashlib.md5((content := archive.read_bytes())).hexdigest() == md5:
-            return gzip.decompress(content)
+        if archive.is_file():
+            content = archive.read_bytes()
+            source = "MNIST" if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5 else OWN
+            content = gzip.decompress(content)
+            read_idx(content)
+            return content, source
         if unpacked.is_file():
-            read_idx(content := unpacked.read_bytes())
-            return content
+            content = unpacked.read_bytes()
+            read_idx(content)
+            return content, OWN
         folder.mkdir(parents=True, exist_ok=True)
-    except ValueError:
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
         pass  # damaged: a mirror may mend it
     except OSError as error:
         raise SystemExit(f"cannot use {error.filename}: {error.strerror}; give another folder with --data") from None
     first, *others = MNIST.mirrors  # the second of torchvision's own has been dead for years
     for url in (first, GOOGLE_MIRROR, *others):
         try:
-            with urllib.request.urlopen(url + name, timeout=10) as response:  # a silent network ends in 10 seconds
+            with urllib.request.urlopen(url + name, timeout=10) as response:  # no mirror may be silent for longer
                 content = response.read()
-            if hashlib.md5(content).hexdigest() == md5:
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
                 print(f"downloaded {url}{name}")
                 write_whole(archive, content)
-                return gzip.decompress(content)
+                return gzip.decompress(content), "a mirror"
             reason = f"{url}{name} is not the file it should be"
         except (OSError, http.client.HTTPException) as error:
             reason = f"{url}{name}: {error}"
@@ -176,7 +190,7 @@ def fetch(folder, name, md5):
 
 def read_idx(content):
     """The array in the bytes of an idx file, the format of MNIST; ValueError where they are none."""
-    if content[:3] != b"\0\0\x08":
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise ValueError("not an idx file of bytes")
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + shape.nbytes).reshape(shape)
@@ -332,7 +346,8 @@ def write_whole(path, content):
     except OSError as error:
         raise SystemExit(f"cannot write {path}: {error.strerror}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save(path, item):
@@ -354,6 +369,9 @@ def load_checkpoint(path, script):
         for part, kind in {"args": dict, "state_dict": dict, "history": list, "source": str}.items():
             if not isinstance(checkpoint[part], kind):
                 raise ValueError(f"its {part} are damaged")
+        if not all(isinstance(row, dict) and {"train", "loss", "seconds"} <= row.keys()
+                   for row in checkpoint["history"]):
+            raise ValueError("its history is damaged")
         return checkpoint
     except OSError as error:
         raise SystemExit(f"{script}.py: cannot read {path}: {error.strerror}") from None
@@ -375,17 +393,20 @@ def restore(model, checkpoint):
 
 def finish(script, args, data, model, history, results, pictures):
     """Writes the checkpoint, unless it was loaded, and the pictures; prints what came out."""
+    if not all(map(math.isfinite, results.values())):
+        raise SystemExit(f"{script}.py: the figures are not finite: training diverged. Nothing was written.")
     files = {f"{script}_{name}.png": figure for name, figure in pictures.items()}
-    if not args.load:
+    if args.load is None:
         places = ("load", "out", "data", "device")
         trained_with = {name: value for name, value in vars(args).items() if name not in places}
         if hasattr(model, "n_classes"):
             trained_with["n_classes"] = model.n_classes
         files = {f"{script}.pt": {"script": script, "args": trained_with, "history": history, "source": data.source,
-                                  "state_dict": model.state_dict()}, **files}
+                                  "state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()}},
+                 **files}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
     for name, item in files.items():
         save(Path(args.out) / name, item)
     print("wrote " + " ".join(str(Path(args.out) / name) for name in files))
-    if data.source != "MNIST":
+    if data.source == EMBEDDED:
         print(f"WARNING: these are figures of {data.source}")

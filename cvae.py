@@ -1,12 +1,13 @@
-"""The conditional beta-VAE: the decoder is told the label, which is cheating, so that a digit can be asked for.
+"""The conditional beta-VAE: the decoder is told the label ("cheating"), so that a digit can be asked for.
 
 A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) need only say
-how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. With
+how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. The bound is
 
-    loss = reconstruction + beta * KL
+    log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
-a large beta makes room in z dear, so that z leaves to the label what the label already says: at beta = 1 many samples
-are some other digit than the one asked for, at beta = 10 hardly any, and they are smoother and less varied.
+and the loss weighs its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so that z leaves to
+the label what the label already says: at beta = 1 many samples are not the digit that was asked for, at beta = 10
+hardly any, but they are smoother and less varied.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
@@ -54,7 +55,7 @@ class CVAE(nn.Module):
 
 
 def reconstruction(logits, x):
-    """-log p(x|z) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
@@ -67,8 +68,9 @@ def train(model, data, args, history):
     """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
-    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
-        model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
+    if not history:  # the decoder starts from the mean image instead of grey, which saves it half an epoch
+        with torch.no_grad():
+            model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.

@@ -8,9 +8,11 @@ c is sampled by the Gumbel-softmax. The bound has one more term:
 with q(c) the average of q(c|x), and I the mutual information. Three ways to treat KL(c), by --objective:
 
     elbo      as it is: the bound pays for a c that knows nothing of x, and gets it
-    capacity  both KLs are held at capacities: c has to say something, not which digit it is
-    mi        KL(c) turned around: c shall know x, use every cluster, and not change when x is warped to Tx,
-              KL( q(c|x) || q(c|Tx) ) + 0.1 H(c|x) - 0.5 H(c) = KL( q(c|x) || q(c|Tx) ) - 0.1 I(x; c) - 0.4 H(c)
+    capacity  both KLs are held at capacities: c must say something, but nothing makes that the digit
+    mi        KL(c) turned around: c should know x, use every cluster, and not change when x is warped to Tx,
+              KL( q(c|x) || q(c|Tx) ) + 0.1 H(c|x) - 0.5 H(c) = KL( q(c|x) || q(c|Tx) ) - 0.1 I(x; c) - 0.4 H(c).
+              No gradient of the decoder reaches c: this term alone finds the clusters, and the VAE, with beta * KL(z),
+              learns to draw them
 
     Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, Learning Disentangled Joint Continuous and Discrete Representations, arXiv:1804.00104, equation 7
@@ -71,7 +73,7 @@ class GumbelVAE(nn.Module):
 
 
 def reconstruction(logits, x):
-    """-log p(x|z) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
@@ -108,11 +110,11 @@ def smooth_fields(device):
 
 
 def warp(x, fields):
-    """Tx (N, 784): each image stretched, sheared, turned, shifted and bent a little, as changes no digit."""
+    """Tx (N, 784): each image stretched, sheared, turned, shifted and bent, by too little to change the digit."""
     stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1  # (N,) each
-    affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, right / 7,        # 10 %, 15 degrees, 2 pixels
+    affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, right / 7,  # to 10 %, 15 degrees, 2 pixels
                           0.26 * turn, 1 + 0.1 * stretch_y, down / 7], 1).view(-1, 2, 3)
-    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # 0.7 pixels at each of the 4x4 places
+    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # 0.7 pixels (sd) at each of the 4x4 places
     grid = (torch.cat([affine, bend], 2) @ fields).view(-1, 2, 28, 28).permute(0, 2, 3, 1)
     return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
 
@@ -121,8 +123,9 @@ def train(model, data, args, history):
     """Minimises the objective; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
     fields = smooth_fields(device)
-    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
-        model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
+    if not history:  # the decoder starts from the mean image instead of grey, which saves it half an epoch
+        with torch.no_grad():
+            model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
@@ -192,7 +195,7 @@ def draw(model, data, args, history):
 def options():
     parser = common.Parser("gumbel_vae", __doc__)
     parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
-    parser.option("--beta", 4.0, "weight of KL(z) under --objective mi; 1 is that of the ELBO", type=common.number(float, 0))
+    parser.option("--beta", 4.0, "weight of KL(z) under --objective mi; 1 is the ELBO's", type=common.number(float, 0))
     parser.option("--objective", "mi", "how KL(c) is treated", choices=["elbo", "capacity", "mi"])
     parser.option("--tau", 0.5, "temperature of the Gumbel-softmax", type=common.number(float, 0, above=True))
     parser.option("--n-classes", 10, "clusters", type=common.number(int, 2, 1000))

@@ -274,7 +274,7 @@ def test_download_checks_and_keeps_the_archives(tmp_path, mirror):
     assert data.y_test.tolist() == [i % 10 for i in range(64)]
     assert sorted(path.name for path in raw.iterdir()) == sorted(name for name, _ in MNIST.resources)
     (raw / MNIST.resources[0][0]).write_bytes(b"half an arch")  # as an interrupted download would leave it
-    for path in mirror.iterdir():
+    for path in list(mirror.iterdir()):
         if path.name != MNIST.resources[0][0]:
             path.unlink()  # and what is whole is not fetched again
     torch.testing.assert_close(common.load_mnist(tmp_path / "data").x_train, data.x_train)
@@ -283,6 +283,19 @@ def test_download_checks_and_keeps_the_archives(tmp_path, mirror):
 def test_a_mirror_with_wrong_files_is_not_believed(tmp_path, mirror, monkeypatch):
     (mirror / MNIST.resources[0][0]).write_bytes(gzip.compress(b"something else"))
     assert "NOT MNIST" in common.load_mnist(tmp_path / "data").source
+
+
+def test_files_of_ones_own_are_used_kept_and_never_mixed(tmp_path, mirror):
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in made_up_files().items():
+        (raw / f"{name}.gz").write_bytes(gzip.compress(content, mtime=1))  # whole, but another md5 sum
+    kept = {path.name: path.read_bytes() for path in raw.iterdir()}
+    assert common.load_mnist(tmp_path / "data").source == "files of your own"
+    assert {path.name: path.read_bytes() for path in raw.iterdir()} == kept
+    (raw / "train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(SystemExit, match="mixes files of your own with MNIST"):
+        common.load_mnist(tmp_path / "data")
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b"", lambda content: b"noise" * 100])

@@ -54,7 +54,7 @@ class VAE(nn.Module):
 
 
 def reconstruction(logits, x):
-    """-log p(x|z) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
@@ -66,8 +66,9 @@ def gaussian_kl(mu, log_var):
 def train(model, data, args, history):
     """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
-    with torch.no_grad():  # the decoder starts from the mean image instead of grey, which saves it half an epoch
-        model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
+    if not history:  # the decoder starts from the mean image instead of grey, which saves it half an epoch
+        with torch.no_grad():
+            model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     steps = args.epochs * math.ceil(n / args.batch_size)
     # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
