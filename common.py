@@ -131,7 +131,7 @@ def load_mnist(root="data", device="cpu"):
         print(f"WARNING: MNIST is not complete in {folder} and cannot be downloaded ({error}); "
               f"training on {EMBEDDED} instead")
     if {OWN, "a mirror"} <= sources:
-        raise SystemExit(f"{folder} mixes files of your own with MNIST from a mirror; give yours a folder with all four")
+        raise SystemExit(f"{folder} mixes files of your own with MNIST from a mirror; give all four of your own")
     data = Data(*tensors, next(name for name in (EMBEDDED, OWN, "MNIST") if name in sources | {"MNIST"}))
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
         if y.ndim != 1 or x.shape != (len(y), 784) or not len(y) or y.max() > 9:
