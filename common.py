@@ -130,9 +130,9 @@ def load_mnist(root="data", device="cpu"):
         tensors, sources = [to_tensor(array, device) for array in embedded_digits()], {EMBEDDED}
         print(f"WARNING: MNIST is not complete in {folder} and cannot be downloaded ({error}); "
               f"training on {EMBEDDED} instead")
-    if {OWN, "a mirror"} <= sources:
-        raise SystemExit(f"{folder} mixes files of your own with MNIST from a mirror; give all four of your own")
-    data = Data(*tensors, next(name for name in (EMBEDDED, OWN, "MNIST") if name in sources | {"MNIST"}))
+    if {OWN, "MNIST"} <= sources:
+        raise SystemExit(f"{folder} mixes files of your own with MNIST's; give all four of your own")
+    data = Data(*tensors, sources.pop() if len(sources) == 1 else OWN)
     for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
         if y.ndim != 1 or x.shape != (len(y), 784) or not len(y) or y.max() > 9:
             raise SystemExit(f"{folder}: these are not 28x28 images with labels from 0 to 9; give another --data")
@@ -163,12 +163,15 @@ def fetch(folder, name, md5):
         if unpacked.is_file():
             content = unpacked.read_bytes()
             read_idx(content)
-            return content, OWN
+            return content, "unpacked files"
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
         pass  # damaged: a mirror may mend it
     except OSError as error:
         raise SystemExit(f"cannot use {error.filename}: {error.strerror}; give another folder with --data") from None
+    if any((folder / Path(other).stem).exists() and not (folder / other).exists() for other, _ in MNIST.resources):
+        raise SystemExit(f"{unpacked} is damaged or missing, and MNIST's is not mixed with unpacked files that may be "
+                         "your own; delete these, or put a good copy in its place")
     first, *others = MNIST.mirrors  # the second of torchvision's own has been dead for years
     for url in (first, GOOGLE_MIRROR, *others):
         try:
@@ -177,7 +180,7 @@ def fetch(folder, name, md5):
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
                 print(f"downloaded {url}{name}")
                 write_whole(archive, content)
-                return gzip.decompress(content), "a mirror"
+                return gzip.decompress(content), "MNIST"
             reason = f"{url}{name} is not the file it should be"
         except (OSError, http.client.HTTPException) as error:
             reason = f"{url}{name}: {error}"

@@ -294,8 +294,9 @@ def test_files_of_ones_own_are_used_kept_and_never_mixed(tmp_path, mirror):
     assert common.load_mnist(tmp_path / "data").source == "files of your own"
     assert {path.name: path.read_bytes() for path in raw.iterdir()} == kept
     (raw / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(SystemExit, match="mixes files of your own with MNIST"):
-        common.load_mnist(tmp_path / "data")
+    for _ in range(2):  # also once MNIST's own file has come from the mirror
+        with pytest.raises(SystemExit, match="mixes files of your own with MNIST"):
+            common.load_mnist(tmp_path / "data")
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:100], lambda content: b"", lambda content: b"noise" * 100])
@@ -307,7 +308,7 @@ def test_damaged_files_are_mended_from_the_archive_or_refused(tmp_path, mirror, 
     whole = common.load_mnist(tmp_path / "data")
     victim = raw / "train-images-idx3-ubyte"
     victim.write_bytes(damage(victim.read_bytes()))
-    with pytest.raises(SystemExit, match=f"{victim.name} is damaged.*delete it"):
+    with pytest.raises(SystemExit, match=f"{victim.name} is damaged.*delete"):
         common.load_mnist(tmp_path / "data")
     archive = raw / f"{victim.name}.gz"
     archive.write_bytes((mirror / archive.name).read_bytes())
