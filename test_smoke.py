@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as D
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.datasets import MNIST
 
 import common
@@ -356,6 +357,22 @@ def test_same_seed_same_bytes_and_evaluating_does_not_disturb(script, tiny, tmp_
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
     assert pictures(tmp_path / "a") == pictures(tmp_path / "b")
     assert tiny(script, "--seed", "1", out=tmp_path / "c")["loss"] != first["loss"]
+
+
+@every_script
+def test_no_step_waits_for_the_device(script, tiny):
+    class Spy(TorchDispatchMode):
+        waits = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.waits += operation is torch.ops.aten._local_scalar_dense.default  # .item(), float(...), if tensor:
+            return operation(*args, **(kwargs or {}))
+    waits = []
+    for batch_size in "64", "16":
+        with Spy() as spy:
+            tiny(script, "--batch-size", batch_size)
+        waits.append(spy.waits)
+    assert waits[0] == waits[1] > 0  # some an epoch, none a step
 
 
 @every_script
