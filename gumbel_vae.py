@@ -66,6 +66,7 @@ class GumbelVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
     def forward(self, x, teach_c=True):
+        """x (N, 784) to logits (N, 784), mu, log_var (N, z_dim), log_p (N, n_classes), through a sample of z and c."""
         mu, log_var, log_p = self.encode(x)
         # A one-hot sample of q(c|x), with a gradient all the same, by which the decoder teaches c unless told not to.
         c = F.gumbel_softmax(log_p if teach_c else log_p.detach(), tau=self.tau, hard=True)
@@ -193,6 +194,7 @@ def draw(model, data, args, history):
 
 
 def options():
+    """The parser of the command line: the shared options, and this script's own."""
     parser = common.Parser("gumbel_vae", __doc__)
     parser.option("--lr", 5e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 4.0, "weight of KL(z) under --objective mi; 1 is the ELBO's", type=common.number(float, 0))

@@ -49,6 +49,7 @@ class VAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def forward(self, x):
+        """x (N, 784) to logits (N, 784), mu and log_var (N, z_dim), through one sample of z an image."""
         mu, log_var = self.encode(x)
         return self.decode(self.reparameterize(mu, log_var)), mu, log_var
 
@@ -119,6 +120,7 @@ def draw(model, data, args, history):
 
 
 def options():
+    """The parser of the command line: the shared options, and this script's own."""
     parser = common.Parser("vae", __doc__)
     parser.option("--lr", 8e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
     parser.option("--beta", 1.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
