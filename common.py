@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.option("--epochs", 15, "passes over the training images", type=number(int, 1, 10**6))
         self.option("--batch-size", 128, "images in a step", type=number(int, 1, 10**6))
         self.option("--z-dim", 20, "dimensions of the Gaussian latent z", type=number(int, 1, 1000))
-        self.option("--seed", 0, "same seed and machine: same figures, same pictures", type=number(int, 0, 2**32 - 1))
+        self.option("--seed", 0, "same seed, machine, threads: the same figures", type=number(int, 0, 2**32 - 1))
         self.option("--device", "auto", "auto: cuda where there is one", choices=["auto", "cpu", "cuda"])
         self.option("--data", "data", "folder of MNIST; it is downloaded where it is missing")
         self.option("--out", "samples", "folder for the pictures and the checkpoint")
@@ -99,7 +99,8 @@ def start(parser, argv=None):
           f"{len(data.x_test)} test images")
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None))
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # products may round their factors to 8 bits: faster, and as good
+    # Faster products of float32 matrices, which may round their factors (to bfloat16, at worst), in the whole process.
+    torch.set_float32_matmul_precision("medium")
     return args, data, checkpoint
 
 

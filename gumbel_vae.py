@@ -7,8 +7,8 @@ c is sampled by the Gumbel-softmax. The bound has one more term:
 
 with q(c) the average of q(c|x), and I the mutual information. Three ways to treat KL(c), by --objective:
 
-    elbo      as it is: the bound pays for a c that knows nothing of x, and gets it
-    capacity  both KLs are held at capacities: c must say something, but nothing makes that the digit
+    elbo      as it is: the bound charges for whatever c knows of x, so c ends up knowing next to nothing
+    capacity  both KLs are held at capacities: c must be sure, but nothing makes that the digit
     mi        KL(c) turned around: c should know x, use every cluster, and not change when x is warped to Tx,
               KL( q(c|x) || q(c|Tx) ) + 0.1 H(c|x) - 0.5 H(c) = KL( q(c|x) || q(c|Tx) ) - 0.1 I(x; c) - 0.4 H(c).
               No gradient of the decoder reaches c: this term alone finds the clusters, and the VAE, with beta * KL(z),
@@ -124,7 +124,7 @@ def train(model, data, args, history):
     """Minimises the objective; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
     fields = smooth_fields(device)
-    if not history:  # the decoder starts from the mean image instead of grey, which saves it half an epoch
+    if not history:  # at first the decoder draws the mean image, not grey, which helps short runs; a later call goes on
         with torch.no_grad():
             model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)

@@ -67,7 +67,7 @@ def gaussian_kl(mu, log_var):
 def train(model, data, args, history):
     """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
-    if not history:  # the decoder starts from the mean image instead of grey, which saves it half an epoch
+    if not history:  # at first the decoder draws the mean image, not grey, which helps short runs; a later call goes on
         with torch.no_grad():
             model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
