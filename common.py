@@ -71,7 +71,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def start(parser, argv=None):
-    """Refuses what can be refused before any work; returns the options, the data and --load's checkpoint or None."""
+    """Refuses what can be refused before any work; returns the options, the data and --load's checkpoint or None.
+
+    Seeds PyTorch and sets the precision of its matrix products, for the whole process.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     args, checkpoint = parser.parse_args(argv), None
     if args.load is not None:
@@ -99,7 +102,7 @@ def start(parser, argv=None):
           f"{len(data.x_test)} test images")
     print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None))
     torch.manual_seed(args.seed)
-    # Faster products of float32 matrices, which may round their factors (to bfloat16, at worst), in the whole process.
+    # Faster products of float32 matrices, which may round their factors (to bfloat16, at worst).
     torch.set_float32_matmul_precision("medium")
     return args, data, checkpoint
 
@@ -125,8 +128,8 @@ def load_mnist(root="data", device="cpu"):
     tensors, sources = [], set()
     try:
         for name, md5 in MNIST.resources:  # one after the other, so that no more than one lies in memory twice
-            content, source = fetch(folder, name, md5)
-            tensors.append(to_tensor(read_idx(content), device))
+            array, source = fetch(folder, name, md5)
+            tensors.append(to_tensor(array, device))
             sources.add(source)
     except ConnectionError as error:
         tensors, sources = [to_tensor(array, device) for array in embedded_digits()], {EMBEDDED}
@@ -149,7 +152,7 @@ def to_tensor(array, device):
 
 
 def fetch(folder, name, md5):
-    """The bytes of one MNIST file and their source: from its archive, else the file unpacked, else a mirror's archive.
+    """The array of one MNIST file and its source: from its archive, else the file unpacked, else a mirror's archive.
 
     An archive with torchvision's md5 sum is MNIST; any other whole file of the format is taken for the user's own.
     Raises ConnectionError when the file is nowhere to be had.
@@ -159,13 +162,9 @@ def fetch(folder, name, md5):
         if archive.is_file():
             content = archive.read_bytes()
             source = "MNIST" if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5 else OWN
-            content = gzip.decompress(content)
-            read_idx(content)
-            return content, source
+            return read_idx(gzip.decompress(content)), source
         if unpacked.is_file():
-            content = unpacked.read_bytes()
-            read_idx(content)
-            return content, "unpacked files"
+            return read_idx(unpacked.read_bytes()), "unpacked files"
         folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, EOFError, zlib.error, gzip.BadGzipFile):
         pass  # damaged: a mirror may mend it
@@ -182,7 +181,7 @@ def fetch(folder, name, md5):
             if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
                 print(f"downloaded {url}{name}")
                 write_whole(archive, content)
-                return gzip.decompress(content), "MNIST"
+                return read_idx(gzip.decompress(content)), "MNIST"
             reason = f"{url}{name} is not the file it should be"
         except (OSError, http.client.HTTPException) as error:
             reason = f"{url}{name}: {error}"
@@ -261,10 +260,10 @@ def log_epoch(history, row, args):
 
 # Pictures.
 
-def figure(width, height):
+def figure(width, height, layout="constrained"):
     """An empty matplotlib Figure, in pixels."""
     from matplotlib.figure import Figure  # here, so that training need not carry it
-    return Figure(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    return Figure(figsize=(width / 100, height / 100), dpi=100, layout=layout)
 
 
 def show(images, title="", columns=8, row_labels=()):
@@ -273,8 +272,7 @@ def show(images, title="", columns=8, row_labels=()):
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two pixels of the screen for one of the digit: crisp
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
-    fig = figure(full_width, full_height)
-    fig.set_layout_engine("none")  # every place is given to the pixel
+    fig = figure(full_width, full_height, layout="none")  # every place is given to the pixel
     axes = fig.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)

@@ -56,12 +56,12 @@ class CVAE(nn.Module):
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels, from logits (stable): summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images. Kingma and Welling 2013, appendix B."""
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Kingma and Welling 2013, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
@@ -81,8 +81,8 @@ def train(model, data, args, history):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
             x, y = data.x_train[batch], labels[batch]                  # (B, 784), (B, n_classes)
-            logits, mu, log_var = model(x, y)
-            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)
+            logits, mu, log_var = model(x, y)                          # (B, 784), (B, z_dim), (B, z_dim)
+            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
             optimizer.zero_grad()
             (recon + args.beta * kl).backward()
             optimizer.step()
@@ -130,7 +130,8 @@ def options():
 
 def main(argv=None):
     """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
-    args, data, checkpoint = common.start(options(), argv)
+    parser = options()
+    args, data, checkpoint = common.start(parser, argv)
     model = CVAE(z_dim=args.z_dim).to(data.x_train.device)
     history = common.restore(model, checkpoint)
     if not checkpoint:
@@ -139,7 +140,7 @@ def main(argv=None):
     data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
     results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
     torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
-    common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
+    common.finish(parser.script, args, data, model, history, results, draw(model, data, args, history))
     return results
 
 

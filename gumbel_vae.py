@@ -74,17 +74,17 @@ class GumbelVAE(nn.Module):
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels, from logits (stable): summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images. Kingma and Welling 2013, appendix B."""
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Kingma and Welling 2013, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
 def categorical_kl(log_p):
-    """KL(q(c|x) || uniform) = log K - H(q(c|x)), averaged over images, in nats."""
+    """KL(q(c|x) || uniform) = log K - H(c|x) of log_p (N, K): averaged over images; nats per image."""
     return math.log(log_p.shape[1]) + (log_p.exp() * log_p).sum(1).mean()
 
 
@@ -114,16 +114,16 @@ def warp(x, fields):
     """Tx (N, 784): each image stretched, sheared, turned, shifted and bent, by too little to change the digit."""
     stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1  # (N,) each
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, right / 7,  # to 10 %, 15 degrees, 2 pixels
-                          0.26 * turn, 1 + 0.1 * stretch_y, down / 7], 1).view(-1, 2, 3)
-    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # 0.7 pixels (sd) at each of the 4x4 places
-    grid = (torch.cat([affine, bend], 2) @ fields).view(-1, 2, 28, 28).permute(0, 2, 3, 1)
+                          0.26 * turn, 1 + 0.1 * stretch_y, down / 7], 1).view(-1, 2, 3)                    # (N, 2, 3)
+    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device)          # (N, 2, 16): 0.7 pixels (sd) at 4x4 places
+    grid = (torch.cat([affine, bend], 2) @ fields).view(-1, 2, 28, 28).permute(0, 2, 3, 1)  # (N, 28, 28, 2)
     return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
 
 
 def train(model, data, args, history):
     """Minimises the objective; appends a row of figures to the history after every epoch."""
     n, device = len(data.x_train), data.x_train.device
-    fields = smooth_fields(device)
+    fields = smooth_fields(device)                                     # (19, 784)
     if not history:  # at first the decoder draws the mean image, not grey, which helps short runs; a later call goes on
         with torch.no_grad():
             model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
@@ -136,12 +136,12 @@ def train(model, data, args, history):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
             x = data.x_train[batch]                                    # (B, 784)
-            logits, mu, log_var, log_p = model(x, teach_c=args.objective != "mi")
-            recon, kl, kl_c = reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)
+            logits, mu, log_var, log_p = model(x, teach_c=args.objective != "mi")  # log_p: (B, n_classes)
+            recon, kl, kl_c = reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)  # each in nats
             if args.objective == "elbo":
                 loss = recon + kl + kl_c                               # exactly, without a weight
             elif args.objective == "capacity":
-                progress = min(1, 2 * schedule.last_epoch / steps)
+                progress = min(1, 2 * schedule.last_epoch / steps)     # the schedule counts steps; full at half-time
                 loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
             else:
                 loss = recon + args.beta * kl + clustering(log_p, model.cluster(warp(x, fields)))
@@ -206,7 +206,8 @@ def options():
 
 def main(argv=None):
     """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
-    args, data, checkpoint = common.start(options(), argv)
+    parser = options()
+    args, data, checkpoint = common.start(parser, argv)
     model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes, tau=args.tau).to(data.x_train.device)
     history = common.restore(model, checkpoint)
     if not checkpoint:
@@ -215,7 +216,7 @@ def main(argv=None):
     data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
     results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
     torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
-    common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
+    common.finish(parser.script, args, data, model, history, results, draw(model, data, args, history))
     return results
 
 

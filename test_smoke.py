@@ -367,12 +367,12 @@ def test_no_step_waits_for_the_device(script, tiny):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             self.waits += operation is torch.ops.aten._local_scalar_dense.default  # .item(), float(...), if tensor:
             return operation(*args, **(kwargs or {}))
-    waits = []
+    seen = []
     for batch_size in "64", "16":
         with Spy() as spy:
             tiny(script, "--batch-size", batch_size)
-        waits.append(spy.waits)
-    assert waits[0] == waits[1] > 0  # some an epoch, none a step
+        seen.append(spy.waits)
+    assert seen[0] == seen[1] > 0  # some an epoch, none a step
 
 
 @every_script

@@ -45,22 +45,22 @@ class VAE(nn.Module):
         return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
     def decode(self, z):
-        """z (N, z_dim) to Bernoulli logits (N, 784): stable in the loss; torch.sigmoid of them is the picture."""
+        """z (N, z_dim) to Bernoulli logits (N, 784); torch.sigmoid of them is the picture."""
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def forward(self, x):
-        """x (N, 784) to logits (N, 784), mu and log_var (N, z_dim), through one sample of z an image."""
+        """x (N, 784) to logits (N, 784), mu, log_var (N, z_dim), through one sample of z an image."""
         mu, log_var = self.encode(x)
         return self.decode(self.reparameterize(mu, log_var)), mu, log_var
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; a scalar, nats per image."""
+    """-log p(x|...) of Bernoulli pixels, from logits (stable): summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images. Kingma and Welling 2013, appendix B."""
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Kingma and Welling 2013, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
@@ -79,8 +79,8 @@ def train(model, data, args, history):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(args.batch_size):
             x = data.x_train[batch]                                    # (B, 784)
-            logits, mu, log_var = model(x)
-            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)
+            logits, mu, log_var = model(x)                             # (B, 784), (B, z_dim), (B, z_dim)
+            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
             optimizer.zero_grad()
             (recon + args.beta * kl).backward()
             optimizer.step()
@@ -129,7 +129,8 @@ def options():
 
 def main(argv=None):
     """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
-    args, data, checkpoint = common.start(options(), argv)
+    parser = options()
+    args, data, checkpoint = common.start(parser, argv)
     model = VAE(z_dim=args.z_dim).to(data.x_train.device)
     history = common.restore(model, checkpoint)
     if not checkpoint:
@@ -138,7 +139,7 @@ def main(argv=None):
     data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
     results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
     torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
-    common.finish(options().script, args, data, model, history, results, draw(model, data, args, history))
+    common.finish(parser.script, args, data, model, history, results, draw(model, data, args, history))
     return results
 
 
