@@ -1,19 +1,20 @@
-"""The conditional beta-VAE: the decoder is told the label ("cheating"), so that a digit can be asked for.
+"""The conditional beta-VAE: the decoder is told the label ("cheating"), so that we can ask for a digit.
 
-A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) need only say
+A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) only has to say
 how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. The bound is
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
-and the loss weighs its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so that z leaves to
-the label what the label already says: at beta = 1 many samples are not the digit that was asked for, at beta = 10
-hardly any, but they are smoother and less varied.
+and the loss weighs its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so z leaves to the
+label what the label already says: at beta = 1 many samples are not the digit we asked for, at beta = 10 hardly any,
+but they are smoother and less varied.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
 
     python cvae.py --beta 10 --epochs 15  # 1.6 s an epoch on two cores: test -ELBO 143.1 ± 0.3 nats (seeds 0 to 4)
 """
+import argparse
 import math
 import time
 
@@ -41,22 +42,18 @@ class CVAE(nn.Module):
         h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
-    def reparameterize(self, mu, log_var):
-        """z = mu + sigma * noise (N, z_dim), so that gradients reach mu and sigma. Kingma and Welling, section 2.4."""
-        return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
-
     def decode(self, z, y):
         """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784); torch.sigmoid of them is the picture."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
-    def forward(self, x, y):
-        """x (N, 784), y (N, n_classes) to logits (N, 784), mu, log_var (N, z_dim), through one sample of z an image."""
-        mu, log_var = self.encode(x)
-        return self.decode(self.reparameterize(mu, log_var), y), mu, log_var
+
+def reparameterize(mu, log_var):
+    """z = mu + sigma * noise (N, z_dim), so that gradients reach mu and sigma. Kingma and Welling 2013, section 2.4."""
+    return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels, from logits (stable): summed over pixels, averaged over images; in nats."""
+    """-log p(x|...) of Bernoulli pixels, from logits for stability: summed over pixels, averaged over images; nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
@@ -65,82 +62,123 @@ def gaussian_kl(mu, log_var):
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
-def train(model, data, args, history):
-    """Minimises reconstruction + beta * KL; appends a row of figures to the history after every epoch."""
-    n, device = len(data.x_train), data.x_train.device
+def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
+    """Minimises reconstruction + beta * KL; returns the history, a dict of metrics for each epoch.
+
+    Ctrl-C ends it early, without an error. Raises FloatingPointError if the loss diverges.
+    """
+    n, device, history = len(data.x_train), data.x_train.device, []
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
-    if not history:  # at first the decoder draws the mean image, not grey, which helps short runs; a later call goes on
-        with torch.no_grad():
-            model.to_logits.bias.copy_(torch.logit(data.x_train.mean(0), eps=1e-3))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    steps = args.epochs * math.ceil(n / args.batch_size)
-    # The learning rate climbs for a tenth of the steps, then falls in a straight line to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(10 * (step + 1) / steps, (1 - step / steps) / 0.9))
-    for _ in range(args.epochs):
-        start, total = time.perf_counter(), torch.zeros((), device=device)
-        for batch in torch.randperm(n, device=device).split(args.batch_size):
-            x, y = data.x_train[batch], labels[batch]                  # (B, 784), (B, n_classes)
-            logits, mu, log_var = model(x, y)                          # (B, 784), (B, z_dim), (B, z_dim)
-            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
-            optimizer.zero_grad()
-            (recon + args.beta * kl).backward()
-            optimizer.step()
-            schedule.step()
-            total += (recon + kl).detach() * len(x)                    # stays on the device, so no step waits for it
-        train_loss = total.item() / n
-        seconds = time.perf_counter() - start
-        common.log_epoch(history, {"train": train_loss, **evaluate(model, data, args), "seconds": seconds}, args)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    steps = epochs * math.ceil(n / batch_size)
+    # The learning rate climbs to lr during the first seventh of the steps, then falls in a straight line towards zero.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
+                                                   anneal_strategy="linear", cycle_momentum=False)
+    try:
+        for epoch in range(1, epochs + 1):
+            start, total = time.perf_counter(), torch.zeros((), device=device)
+            for batch in torch.randperm(n, device=device).split(batch_size):
+                x, y = data.x_train[batch], labels[batch]              # (B, 784), (B, n_classes)
+                mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
+                logits = model.decode(reparameterize(mu, log_var), y)  # (B, 784)
+                recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
+                optimizer.zero_grad()
+                (recon + beta * kl).backward()
+                optimizer.step()
+                schedule.step()
+                total += (recon + kl).detach() * len(x)                # stays on the device, so no step waits for it
+            train_loss = total.item() / n
+            seconds = time.perf_counter() - start
+            history.append({"train": train_loss, **evaluate(model, data, seed), "seconds": seconds})
+            common.log_epoch(epoch, history[-1])
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
+    return history
 
 
 @torch.no_grad()
-def evaluate(model, data, args):
-    """The test figures, in nats per image, with one posterior sample an image; loss is the -ELBO, whatever beta."""
+def evaluate(model, data, seed=0):
+    """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
+
+    The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
+    """
     total, labels = 0, common.one_hot(data.y_test, model.n_classes)
-    with common.fixed_noise(args.seed, data.x_test.device):
+    with torch.random.fork_rng(devices=[data.x_test.device] if data.x_test.is_cuda else []):
+        torch.manual_seed(seed)
         for x, y in zip(data.x_test.split(500), labels.split(500)):
-            logits, mu, log_var = model(x, y)
+            mu, log_var = model.encode(x)
+            logits = model.decode(reparameterize(mu, log_var), y)
             total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)]) * len(x)
     recon, kl = (total / len(data.x_test)).tolist()
+    if not math.isfinite(recon + kl):
+        raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     return {"recon": recon, "kl": kl, "loss": recon + kl}
 
 
 @torch.no_grad()
-def draw(model, data, args, history):
-    """The pictures of this script, by name."""
+def draw(model, data, history, digit=None):
+    """The pictures of this script: a dict of Figures by name; with a digit, samples of it alone."""
     x, y = data.x_test[:40], common.one_hot(data.y_test[:40], model.n_classes)
-    pictures = {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x, y)[0])),
-                "generation": common.plot_conditional_generation(model, 10 if args.digit is None else 64, args.digit),
-                "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
-                    "-ELBO, training": [row["train"] for row in history],
-                    "-ELBO, test": [row["loss"] for row in history],
-                    "reconstruction, test": [row["recon"] for row in history],
-                    "KL, test": [row["kl"] for row in history]})}
-    return pictures
+    probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x)), y))
+    figures = {"reconstruction": common.plot_reconstruction(x, probs),
+               "generation": common.plot_conditional_generation(model, 10 if digit is None else 64, digit),
+               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
+                   "-ELBO, training": [row["train"] for row in history],
+                   "-ELBO, test": [row["loss"] for row in history],
+                   "reconstruction, test": [row["recon"] for row in history],
+                   "KL, test": [row["kl"] for row in history]})}
+    return figures
 
 
 def options():
-    """The parser of the command line: the shared options, and this script's own."""
-    parser = common.Parser("cvae", __doc__)
-    parser.option("--lr", 8e-3, "peak of Adam's learning rate", type=common.number(float, 0, above=True))
-    parser.option("--beta", 10.0, "weight of the KL in training; 1 is the ELBO", type=common.number(float, 0))
-    parser.option("--digit", None, "draw samples of this digit alone", type=common.number(int, 0, 9), metavar="D")
+    """The parser of the command line; each option shows its default under --help."""
+    parser = argparse.ArgumentParser(prog="cvae.py", description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, number, devices = parser.add_argument, common.in_range, ["cuda", "cpu"][not torch.cuda.is_available():]
+    add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
+    add("--lr", type=number(float, 1e-9, 1e3), default=8e-3, help="peak learning rate of Adam")
+    add("--beta", type=number(float, 0, 1e9), default=10.0, help="weight of the KL in training; 1 is the ELBO")
+    add("--h-dim", type=number(int, 1, 10**5), default=400, help="units in each hidden layer")
+    add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
+    add("--device", choices=devices, default=devices[0], help="where to compute")
+    add("--data", default="data", help="folder of MNIST, which is downloaded if it is not there")
+    add("--out", default="samples", help="folder for the pictures and the checkpoint")
+    add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
+    add("--digit", type=number(int, 0, 9), metavar="D", help="draw samples of this digit alone")
     return parser
 
 
 def main(argv=None):
-    """Trains (or loads), evaluates, draws, saves; returns the final test figures."""
-    parser = options()
-    args, data, checkpoint = common.start(parser, argv)
-    model = CVAE(z_dim=args.z_dim).to(data.x_train.device)
-    history = common.restore(model, checkpoint)
-    if not checkpoint:
-        with common.until_ctrl_c(history):
-            train(model, data, args, history)
-    data = data._replace(x_train=None, y_train=None)  # the largest thing in memory has done its work
-    results = {**evaluate(model, data, args), "train_seconds": sum(row["seconds"] for row in history)}
-    torch.manual_seed(args.seed)  # the pictures have noise of their own: --load redraws them to the last bit
-    common.finish(parser.script, args, data, model, history, results, draw(model, data, args, history))
+    """Trains (or loads), evaluates, draws and saves; returns the final test metrics."""
+    args = options().parse_args(argv)
+    out = common.writable_folder(args.out)
+    data = common.load_mnist(args.data, args.device)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("medium")  # lets matrix products round their factors: much faster
+    print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
+    if args.load:
+        model, checkpoint = common.load_checkpoint(args.load, CVAE)
+        model, history = model.to(args.device), checkpoint["history"]
+    else:
+        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
+        model = CVAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
+        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
+        history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.seed)
+    results = {**evaluate(model, data, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
+    print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
+
+    torch.manual_seed(args.seed)  # so that --load draws the same pictures again
+    files = {f"cvae_{name}.png": figure for name, figure in draw(model, data, history, args.digit).items()}
+    if not args.load:
+        files["cvae.pt"] = {"args": {**vars(args), "n_classes": model.n_classes}, "history": history,
+                            "state_dict": model.to("cpu").state_dict()}
+    for name, item in files.items():
+        common.save(out / name, item)
+    print("wrote " + " ".join(str(out / name) for name in files))
+    if data.source != "MNIST":
+        print(f"WARNING: these are metrics of {data.source}")
     return results
 
 
