@@ -58,22 +58,26 @@ def plot_reconstruction(x, probs, columns=10):
 
 
 @torch.no_grad()
-def plot_generation(model, n=64):
-    """A Figure with n samples from the prior: z ~ N(0, I), then the pixel probabilities of p(x|z)."""
-    z = torch.randn(n, model.z_dim, device=next(model.parameters()).device)                      # (n, z_dim)
-    return show(torch.sigmoid(model.decode(z)), "samples from the prior N(0, I)", math.ceil(math.sqrt(n)))
+def plot_generation(model, prior, title="samples from the prior", n=64):
+    """A Figure with n samples: z from `prior`, a distribution over z, then the pixel probabilities of p(x|z)."""
+    z = prior.sample((n,)).flatten(1)                                  # (n, z_dim)
+    return show(torch.sigmoid(model.decode(z)), title, math.ceil(math.sqrt(n)))
 
 
 @torch.no_grad()
-def plot_conditional_generation(model, n=8, digit=None, name="digit"):
-    """A Figure with one row per class and n columns, the same z ~ N(0, I) down each; or with n samples of one digit."""
-    z = torch.randn(n, model.z_dim, device=next(model.parameters()).device)                      # (n, z_dim)
+def plot_conditional_generation(model, prior, title="from the prior", n=10, digit=None, name="digit"):
+    """A Figure with one class per row and n columns, or with n samples of one digit.
+
+    If `prior` is one distribution for all classes, the same z is used down each column; if its batch shape is
+    (n_classes,), each class draws from its own.
+    """
+    z = prior.sample((n,))                                             # (n, z_dim) or (n, n_classes, z_dim)
     classes = range(model.n_classes) if digit is None else [digit]
-    probs = [torch.sigmoid(model.decode(z, one_hot(torch.full_like(z[:, 0], k), model.n_classes))) for k in classes]
+    probs = [torch.sigmoid(model.decode(z_k, one_hot(torch.full_like(z_k[:, 0], k), model.n_classes)))
+             for k, z_k in ((k, z if z.dim() == 2 else z[:, k]) for k in classes)]
     if digit is not None:
-        return show(probs[0], f"samples of {name} {digit}", math.ceil(math.sqrt(n)))
-    labels = [f"{name} {k}" for k in classes]
-    return show(torch.cat(probs), f"one {name} per row, the same z down each column", n, labels)
+        return show(probs[0], f"{name} {digit}, {title}", math.ceil(math.sqrt(n)))
+    return show(torch.cat(probs), f"one {name} per row, {title}", n, [f"{name} {k}" for k in classes])
 
 
 @torch.no_grad()
@@ -139,7 +143,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def embedded_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28), labels (N,) to train and test."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28), labels (N,), train and test."""
     from sklearn.datasets import load_digits  # imported here, because most runs never need it
     digits = load_digits()
     x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]                     # (1797, 1, 8, 8)
@@ -207,7 +211,7 @@ def load_checkpoint(path, model_class):
         sizes = inspect.signature(model_class).parameters
         model = model_class(**{name: value for name, value in checkpoint["args"].items() if name in sizes})
         model.load_state_dict(checkpoint["state_dict"])
-        [row["loss"] for row in checkpoint["history"]]
+        [row["loss"] for row in checkpoint["history"]], checkpoint["prior"]["covariances"]
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}; check the name") from None
     except Exception as error:  # torch.load alone fails in a dozen ways

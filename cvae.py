@@ -18,9 +18,12 @@ import argparse
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.mixture import GaussianMixture
 from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 import common
 
@@ -62,6 +65,40 @@ def gaussian_kl(mu, log_var):
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
+def sampled_kl(mu, log_var, z, log_prior):
+    """log q(z|x) - log p(z), which estimates the KL to any p from one z per image: averaged over images; nats.
+
+    z (N, z_dim) is drawn from q(z|x), and log_prior (N,) is its log p(z).
+    """
+    return (Normal(mu, torch.exp(log_var / 2)).log_prob(z).sum(1) - log_prior).mean()
+
+
+def mixture(weights, means, covariances):
+    """A mixture of K Gaussians for each of C digits as a distribution over z, of batch shape (C,).
+
+    weights (C, K), means (C, K, z_dim), covariances (C, K, z_dim, z_dim).
+    """
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+@torch.no_grad()
+def fit_prior(model, data, n_components=10, seed=0):
+    """A prior p(z|y) that fits: for each digit a mixture of Gaussians over the codes of its training images.
+
+    There is one z ~ q(z|x) per image. A mixture has one component for every 100 codes of the rarest digit, at most
+    n_components; a digit with fewer than 100 gets the mixture of all. Ghosh et al. 2020, arXiv:1903.12436, section 4.
+    """
+    with torch.random.fork_rng(devices=[data.x_train.device] if data.x_train.is_cuda else []):
+        torch.manual_seed(seed)
+        z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])       # (N, z_dim)
+    groups = [z[data.y_train == k] for k in range(model.n_classes)]
+    groups = [group if len(group) >= 100 else z for group in groups]
+    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
+    fits = [GaussianMixture(n_components, tol=1.0, random_state=seed).fit(group.cpu().numpy()) for group in groups]
+    return mixture(*[torch.as_tensor(np.stack(values), dtype=z.dtype, device=z.device)
+                     for values in zip(*[(fit.weights_, fit.means_, fit.covariances_) for fit in fits])])
+
+
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
     """Minimises reconstruction + beta * KL; returns the history, a dict of metrics for each epoch.
 
@@ -89,7 +126,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
                 total += (recon + kl).detach() * len(x)                # stays on the device, so no step waits for it
             train_loss = total.item() / n
             seconds = time.perf_counter() - start
-            history.append({"train": train_loss, **evaluate(model, data, seed), "seconds": seconds})
+            history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
         print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
@@ -97,9 +134,10 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
 
 
 @torch.no_grad()
-def evaluate(model, data, seed=0):
+def evaluate(model, data, prior=None, seed=0):
     """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
 
+    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
     The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
     """
     total, labels = 0, common.one_hot(data.y_test, model.n_classes)
@@ -107,21 +145,26 @@ def evaluate(model, data, seed=0):
         torch.manual_seed(seed)
         for x, y in zip(data.x_test.split(500), labels.split(500)):
             mu, log_var = model.encode(x)
-            logits = model.decode(reparameterize(mu, log_var), y)
-            total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)]) * len(x)
-    recon, kl = (total / len(data.x_test)).tolist()
+            z = reparameterize(mu, log_var)
+            log_prior = (prior.log_prob(z[:, None]) * y).sum(1) if prior else torch.zeros_like(z[:, 0])  # (B,)
+            total += len(x) * torch.stack([reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var),
+                                           sampled_kl(mu, log_var, z, log_prior)])
+    recon, kl, kl_fitted = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
-    return {"recon": recon, "kl": kl, "loss": recon + kl}
+    return {"recon": recon, "kl": kl, "loss": recon + kl} | ({"loss_fitted": recon + kl_fitted} if prior else {})
 
 
 @torch.no_grad()
-def draw(model, data, history, digit=None):
+def draw(model, data, prior, history, digit=None):
     """The pictures of this script: a dict of Figures by name; with a digit, samples of it alone."""
-    x, y = data.x_test[:40], common.one_hot(data.y_test[:40], model.n_classes)
-    probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x)), y))
+    x, y, n = data.x_test[:40], common.one_hot(data.y_test[:40], model.n_classes), 10 if digit is None else 64
+    mu, log_var = model.encode(x)
+    probs = torch.sigmoid(model.decode(reparameterize(mu, log_var), y))
+    standard = Normal(torch.zeros_like(mu[0]), 1.0)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
-               "generation": common.plot_conditional_generation(model, 10 if digit is None else 64, digit),
+               "generation": common.plot_conditional_generation(model, standard, "z ~ N(0, I)", n, digit),
+               "fitted": common.plot_conditional_generation(model, prior, "z ~ fitted prior", n, digit),
                "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
                    "-ELBO, training": [row["train"] for row in history],
                    "-ELBO, test": [row["loss"] for row in history],
@@ -160,20 +203,28 @@ def main(argv=None):
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, CVAE)
-        model, history = model.to(args.device), checkpoint["history"]
+        model.to(args.device)
     else:
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
         model = CVAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
         model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
         history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.seed)
-    results = {**evaluate(model, data, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
+        start = time.perf_counter()
+        prior = fit_prior(model, data, seed=args.seed)
+        print(f"fitted the prior in {time.perf_counter() - start:.1f} seconds")
+        checkpoint = {"args": {**vars(args), "n_classes": model.n_classes}, "history": history,
+                      "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+                      "prior": {"weights": prior.mixture_distribution.probs.cpu(),
+                                "means": prior.component_distribution.loc.cpu(),
+                                "covariances": prior.component_distribution.covariance_matrix.cpu()}}
+    prior, history = mixture(*[value.to(args.device) for value in checkpoint["prior"].values()]), checkpoint["history"]
+    results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
     torch.manual_seed(args.seed)  # so that --load draws the same pictures again
-    files = {f"cvae_{name}.png": figure for name, figure in draw(model, data, history, args.digit).items()}
+    files = {f"cvae_{name}.png": figure for name, figure in draw(model, data, prior, history, args.digit).items()}
     if not args.load:
-        files["cvae.pt"] = {"args": {**vars(args), "n_classes": model.n_classes}, "history": history,
-                            "state_dict": model.to("cpu").state_dict()}
+        files["cvae.pt"] = checkpoint
     for name, item in files.items():
         common.save(out / name, item)
     print("wrote " + " ".join(str(out / name) for name in files))

@@ -25,12 +25,15 @@ import argparse
 import math
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
+from sklearn.mixture import GaussianMixture
 from torch import nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 import common
 
@@ -78,6 +81,14 @@ def gaussian_kl(mu, log_var):
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
+def sampled_kl(mu, log_var, z, log_prior):
+    """log q(z|x) - log p(z), which estimates the KL to any p from one z per image: averaged over images; nats.
+
+    z (N, z_dim) is drawn from q(z|x), and log_prior (N,) is its log p(z).
+    """
+    return (Normal(mu, torch.exp(log_var / 2)).log_prob(z).sum(1) - log_prior).mean()
+
+
 def categorical_kl(log_p):
     """KL(q(c|x) || uniform) = log K - H(c|x) of log_p (N, K): averaged over images; nats per image."""
     return math.log(log_p.shape[1]) + (log_p.exp() * log_p).sum(1).mean()
@@ -88,9 +99,12 @@ def capacity(kl, target, gamma=30.0):
     return gamma * (kl - target).abs()
 
 
-def clustering(log_p, log_p_warped):
-    """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c) of two (N, n_classes): a scalar in nats. After Hu et al. 2017."""
-    target = log_p.detach()                                            # q(c|x) teaches q(c|Tx), not the reverse
+def clustering(log_p, log_p_warped, opinion):
+    """KL(target || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), from three (N, n_classes): a scalar in nats. After Hu et al. 2017.
+
+    The target is q(c|x) times exp(opinion), normalised: opinion = 0 leaves q(c|x) as it is.
+    """
+    target = F.log_softmax(log_p.detach() + opinion, dim=1)            # x teaches Tx, not the reverse
     invariance = (target.exp() * (target - log_p_warped)).sum(1).mean()
     h_c_given_x = -(log_p.exp() * log_p).sum(1).mean()
     log_q = log_p.logsumexp(0) - math.log(len(log_p))                  # (n_classes,): the aggregate log q(c)
@@ -112,12 +126,51 @@ def warp(x, strength=1.0):
     return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
 
 
-def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=4.0, objective="mi", tau=0.5, seed=0):
+def mixture(weights, means, covariances):
+    """A mixture of K Gaussians for each of C clusters as a distribution over z, of batch shape (C,).
+
+    weights (C, K), means (C, K, z_dim), covariances (C, K, z_dim, z_dim).
+    """
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+@torch.no_grad()
+def fit_prior(model, data, n_components=10, seed=0):
+    """A prior p(z|c) that fits: for each cluster a mixture of Gaussians over the codes of its training images.
+
+    An image belongs to argmax q(c|x), and gives one z ~ q(z|x). A mixture has one component for every 100 codes of the
+    smallest cluster, at most n_components; a cluster of fewer than 100 gets the mixture of all. Ghosh et al. 2020,
+    arXiv:1903.12436, section 4.
+    """
+    with torch.random.fork_rng(devices=[data.x_train.device] if data.x_train.is_cuda else []):
+        torch.manual_seed(seed)
+        mu, log_var, log_p = (torch.cat(parts) for parts in zip(*map(model.encode, data.x_train.split(500))))
+        z = reparameterize(mu, log_var)                                # (N, z_dim)
+    groups = [z[log_p.argmax(1) == k] for k in range(model.n_classes)]
+    groups = [group if len(group) >= 100 else z for group in groups]
+    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
+    fits = [GaussianMixture(n_components, tol=1.0, random_state=seed).fit(group.cpu().numpy()) for group in groups]
+    return mixture(*[torch.as_tensor(np.stack(values), dtype=z.dtype, device=z.device)
+                     for values in zip(*[(fit.weights_, fit.means_, fit.covariances_) for fit in fits])])
+
+
+@torch.no_grad()
+def second_opinion(model, data, weight=0.3, seed=0):
+    """What the codes say about c: weight * log p(z|c) (N, n_classes) in nats, at z = mu(x) of each training image.
+
+    p(z|c) is fitted to the present clusters.
+    """
+    prior = fit_prior(model, data, seed=seed)
+    return weight * torch.cat([prior.log_prob(model.encode(x)[0][:, None]) for x in data.x_train.split(500)])
+
+
+def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=1.0, objective="mi", tau=0.5, seed=0):
     """Minimises the objective; returns the history, a dict of metrics for each epoch.
 
     Ctrl-C ends it early, without an error. Raises FloatingPointError if the loss diverges.
     """
     n, device, history = len(data.x_train), data.x_train.device, []
+    opinion = torch.zeros(n, model.n_classes, device=device)           # of c, one row per training image
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
     # The learning rate climbs to lr during the first seventh of the steps, then falls in a straight line towards zero.
@@ -126,6 +179,8 @@ def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=4.0, objective="
     try:
         for epoch in range(1, epochs + 1):
             start, total = time.perf_counter(), torch.zeros((), device=device)
+            if objective == "mi" and epoch > math.ceil(epochs / 3):    # by now the clusters have their codes
+                opinion = second_opinion(model, data, seed=seed)
             for batch in torch.randperm(n, device=device).split(batch_size):
                 x = data.x_train[batch]                                # (B, 784)
                 mu, log_var, log_p = model.encode(x)                   # (B, z_dim), (B, z_dim), (B, n_classes)
@@ -139,7 +194,7 @@ def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=4.0, objective="
                     progress = min(1, 2 * schedule.last_epoch / steps)  # the schedule counts steps; full at half-time
                     loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
                 else:
-                    loss = recon + beta * kl + clustering(log_p, model.cluster(warp(x)))
+                    loss = recon + beta * kl + clustering(log_p, model.cluster(warp(x)), opinion[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -147,7 +202,7 @@ def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=4.0, objective="
                 total += (recon + kl + kl_c).detach() * len(x)         # stays on the device, so no step waits for it
             train_loss = total.item() / n
             seconds = time.perf_counter() - start
-            history.append({"train": train_loss, **evaluate(model, data, seed), "seconds": seconds})
+            history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
         print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
@@ -155,9 +210,10 @@ def train(model, data, epochs=15, batch_size=128, lr=5e-3, beta=4.0, objective="
 
 
 @torch.no_grad()
-def evaluate(model, data, seed=0):
+def evaluate(model, data, prior=None, seed=0):
     """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
 
+    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
     The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
     The labels score the clusters argmax q(c|x), here and nowhere else.
     """
@@ -166,16 +222,18 @@ def evaluate(model, data, seed=0):
         torch.manual_seed(seed)
         for x in data.x_test.split(500):
             mu, log_var, log_p = model.encode(x)
-            logits = model.decode(reparameterize(mu, log_var), F.gumbel_softmax(log_p, hard=True))
-            total += torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var), categorical_kl(log_p)]) * len(x)
+            z, c = reparameterize(mu, log_var), F.gumbel_softmax(log_p, hard=True)
+            log_prior = (prior.log_prob(z[:, None]) * c).sum(1) if prior else torch.zeros_like(z[:, 0])  # (B,)
+            total += len(x) * torch.stack([reconstruction(model.decode(z, c), x), gaussian_kl(mu, log_var),
+                                           sampled_kl(mu, log_var, z, log_prior), categorical_kl(log_p)])
             log_ps.append(log_p)
-    recon, kl, kl_c = (total / len(data.x_test)).tolist()
+    recon, kl, kl_fitted, kl_c = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl + kl_c):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     p = torch.cat(log_ps).exp()                                        # (N, n_classes)
     return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
             "h_c": torch.special.entr(p.mean(0)).sum().item(),         # of the aggregate: log K when all are used alike
-            **score(data.y_test.cpu(), p.argmax(1).cpu())}
+            **score(data.y_test.cpu(), p.argmax(1).cpu())} | ({"loss_fitted": recon + kl_fitted + kl_c} if prior else {})
 
 
 def score(labels, clusters):
@@ -187,13 +245,15 @@ def score(labels, clusters):
 
 
 @torch.no_grad()
-def draw(model, data, history):
+def draw(model, data, prior, history):
     """The pictures of this script: a dict of Figures by name."""
     x = data.x_test[:40]
     mu, log_var, log_p = model.encode(x)
     probs = torch.sigmoid(model.decode(reparameterize(mu, log_var), F.gumbel_softmax(log_p, hard=True)))
+    standard = Normal(torch.zeros_like(mu[0]), 1.0)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
-               "generation": common.plot_conditional_generation(model, 10, name="cluster"),
+               "generation": common.plot_conditional_generation(model, standard, "z ~ N(0, I)", name="cluster"),
+               "fitted": common.plot_conditional_generation(model, prior, "z ~ fitted prior", name="cluster"),
                "nmi": common.plot_curves("How well the clusters match the digits", "test set", {
                    "NMI": [row["nmi"] for row in history], "ACC": [row["acc"] for row in history]})}
     return figures
@@ -207,7 +267,7 @@ def options():
     add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
     add("--lr", type=number(float, 1e-9, 1e3), default=5e-3, help="peak learning rate of Adam")
-    add("--beta", type=number(float, 0, 1e9), default=4.0, help="weight of KL(z) under --objective mi; 1 is the ELBO's")
+    add("--beta", type=number(float, 0, 1e9), default=1.0, help="weight of KL(z) under --objective mi; 1 is the ELBO's")
     add("--h-dim", type=number(int, 1, 10**5), default=400, help="units in each hidden layer")
     add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed")
@@ -232,21 +292,29 @@ def main(argv=None):
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, GumbelVAE)
-        model, history = model.to(args.device), checkpoint["history"]
+        model.to(args.device)
     else:
         print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
         model = GumbelVAE(h_dim=args.h_dim, z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
         model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
         history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.objective, args.tau,
                         args.seed)
-    results = {**evaluate(model, data, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
+        start = time.perf_counter()
+        prior = fit_prior(model, data, seed=args.seed)
+        print(f"fitted the prior in {time.perf_counter() - start:.1f} seconds")
+        checkpoint = {"args": vars(args), "history": history,
+                      "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
+                      "prior": {"weights": prior.mixture_distribution.probs.cpu(),
+                                "means": prior.component_distribution.loc.cpu(),
+                                "covariances": prior.component_distribution.covariance_matrix.cpu()}}
+    prior, history = mixture(*[value.to(args.device) for value in checkpoint["prior"].values()]), checkpoint["history"]
+    results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
     torch.manual_seed(args.seed)  # so that --load draws the same pictures again
-    files = {f"gumbel_vae_{name}.png": figure for name, figure in draw(model, data, history).items()}
+    files = {f"gumbel_vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()}
     if not args.load:
-        files["gumbel_vae.pt"] = {"args": vars(args), "history": history,
-                            "state_dict": model.to("cpu").state_dict()}
+        files["gumbel_vae.pt"] = checkpoint
     for name, item in files.items():
         common.save(out / name, item)
     print("wrote " + " ".join(str(out / name) for name in files))
