@@ -19,6 +19,8 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
 from torchvision.utils import make_grid
 
 GOOGLE_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -27,19 +29,13 @@ Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784)
 
 # Pictures
 
-def new_figure(width, height, layout="constrained"):
-    """An empty matplotlib Figure; its size is in pixels."""
-    from matplotlib.figure import Figure  # imported here, because training can do without it
-    return Figure(figsize=(width / 100, height / 100), dpi=100, layout=layout)
-
-
 def show(images, title="", columns=8, row_labels=()):
     """A Figure with images (N, 784) in a grid, dark ink on white; N may be any number."""
     grid = make_grid(images.detach().cpu().reshape(-1, 1, 28, 28), nrow=columns, padding=0)[0].numpy()  # (28 R, 28 C)
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two screen pixels for each pixel of a digit keep it crisp
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
-    figure = new_figure(full_width, full_height, layout="none")
+    figure = Figure(figsize=(full_width / 100, full_height / 100), dpi=100)
     axes = figure.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)
@@ -66,18 +62,19 @@ def plot_generation(model, prior, title="samples from the prior", n=64):
 
 @torch.no_grad()
 def plot_conditional_generation(model, prior, title="from the prior", n=10, digit=None, name="digit"):
-    """A Figure with one class per row and n columns, or with n samples of one digit.
+    """A Figure with one class per row and n columns, or with n samples of a single digit.
 
-    If `prior` is one distribution for all classes, the same z is used down each column; if its batch shape is
-    (n_classes,), each class draws from its own.
+    A `prior` shared by all classes gives the same z down each column; if it has the batch shape (n_classes,), each
+    class draws from its own.
     """
     z = prior.sample((n,))                                             # (n, z_dim) or (n, n_classes, z_dim)
+    z = z if z.dim() == 3 else z[:, None].expand(-1, model.n_classes, -1)
     classes = range(model.n_classes) if digit is None else [digit]
-    probs = [torch.sigmoid(model.decode(z_k, one_hot(torch.full_like(z_k[:, 0], k), model.n_classes)))
-             for k, z_k in ((k, z if z.dim() == 2 else z[:, k]) for k in classes)]
-    if digit is not None:
-        return show(probs[0], f"{name} {digit}, {title}", math.ceil(math.sqrt(n)))
-    return show(torch.cat(probs), f"one {name} per row, {title}", n, [f"{name} {k}" for k in classes])
+    y = one_hot(torch.arange(model.n_classes, device=z.device), model.n_classes)
+    probs = torch.cat([torch.sigmoid(model.decode(z[:, k], y[k].expand(n, -1))) for k in classes])
+    if digit is None:
+        return show(probs, f"one {name} per row, {title}", n, [f"{name} {k}" for k in classes])
+    return show(probs, f"{name} {digit}, {title}", math.ceil(math.sqrt(n)))
 
 
 @torch.no_grad()
@@ -86,7 +83,7 @@ def plot_manifold(model, mu, labels, n=20):
     at = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
     z = torch.stack([at.repeat(n), at.flip(0).repeat_interleave(n)], 1)                          # (n * n, 2)
     grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
-    figure = new_figure(1200, 600)
+    figure = Figure(figsize=(12, 6), layout="constrained")
     plane, means = figure.subplots(1, 2)
     plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
     plane.set(title="the digits over the plane of z, in equal steps of probability", xticks=[], yticks=[])
@@ -99,10 +96,10 @@ def plot_manifold(model, mu, labels, n=20):
 
 def plot_curves(title, unit, curves):
     """A Figure with one line per entry of `curves`, which maps a label to one value per epoch."""
-    figure = new_figure(600, 400)
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=unit)
-    for (label, values), colour in zip(curves.items(), ("#0072B2", "#E69F00", "#009E73", "#CC79A7")):  # Okabe and Ito's
-        axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=label)
+    for label, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, marker=".", label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -143,8 +140,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def embedded_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28), labels (N,), train and test."""
-    from sklearn.datasets import load_digits  # imported here, because most runs never need it
+    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28) and labels (N,), twice."""
     digits = load_digits()
     x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]                     # (1797, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4))[:, 0].byte()             # (1797, 28, 28)

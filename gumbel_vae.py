@@ -223,17 +223,19 @@ def evaluate(model, data, prior=None, seed=0):
         for x in data.x_test.split(500):
             mu, log_var, log_p = model.encode(x)
             z, c = reparameterize(mu, log_var), F.gumbel_softmax(log_p, hard=True)
-            log_prior = (prior.log_prob(z[:, None]) * c).sum(1) if prior else torch.zeros_like(z[:, 0])  # (B,)
-            total += len(x) * torch.stack([reconstruction(model.decode(z, c), x), gaussian_kl(mu, log_var),
-                                           sampled_kl(mu, log_var, z, log_prior), categorical_kl(log_p)])
+            terms = [reconstruction(model.decode(z, c), x), gaussian_kl(mu, log_var), categorical_kl(log_p)]
+            if prior:
+                terms.append(sampled_kl(mu, log_var, z, (prior.log_prob(z[:, None]) * c).sum(1)))
+            total += len(x) * torch.stack(terms)
             log_ps.append(log_p)
-    recon, kl, kl_fitted, kl_c = (total / len(data.x_test)).tolist()
+    recon, kl, kl_c, *kl_fitted = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl + kl_c):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     p = torch.cat(log_ps).exp()                                        # (N, n_classes)
-    return {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
-            "h_c": torch.special.entr(p.mean(0)).sum().item(),         # of the aggregate: log K when all are used alike
-            **score(data.y_test.cpu(), p.argmax(1).cpu())} | ({"loss_fitted": recon + kl_fitted + kl_c} if prior else {})
+    results = {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
+               "h_c": torch.special.entr(p.mean(0)).sum().item(),      # log K if all clusters are used alike
+               **score(data.y_test.cpu(), p.argmax(1).cpu())}
+    return {**results, "loss_fitted": recon + kl_fitted[0] + kl_c} if prior else results
 
 
 def score(labels, clusters):
@@ -263,7 +265,8 @@ def options():
     """The parser of the command line; each option shows its default under --help."""
     parser = argparse.ArgumentParser(prog="gumbel_vae.py", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, number, devices = parser.add_argument, common.in_range, ["cuda", "cpu"][not torch.cuda.is_available():]
+    add, number = parser.add_argument, common.in_range
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
     add("--lr", type=number(float, 1e-9, 1e3), default=5e-3, help="peak learning rate of Adam")
@@ -294,7 +297,8 @@ def main(argv=None):
         model, checkpoint = common.load_checkpoint(args.load, GumbelVAE)
         model.to(args.device)
     else:
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
+        chosen = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
+        print(" ".join(f"--{name} {value}" for name, value in chosen.items()))
         model = GumbelVAE(h_dim=args.h_dim, z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
         model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
         history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.objective, args.tau,
@@ -312,9 +316,8 @@ def main(argv=None):
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
     torch.manual_seed(args.seed)  # so that --load draws the same pictures again
-    files = {f"gumbel_vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()}
-    if not args.load:
-        files["gumbel_vae.pt"] = checkpoint
+    files = {} if args.load else {"gumbel_vae.pt": checkpoint}
+    files.update({f"gumbel_vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()})
     for name, item in files.items():
         common.save(out / name, item)
     print("wrote " + " ".join(str(out / name) for name in files))

@@ -140,13 +140,15 @@ def evaluate(model, data, prior=None, seed=0):
         for x in data.x_test.split(500):
             mu, log_var = model.encode(x)
             z = reparameterize(mu, log_var)
-            log_prior = prior.log_prob(z) if prior else torch.zeros_like(z[:, 0])                # (B,)
-            total += len(x) * torch.stack([reconstruction(model.decode(z), x), gaussian_kl(mu, log_var),
-                                           sampled_kl(mu, log_var, z, log_prior)])
-    recon, kl, kl_fitted = (total / len(data.x_test)).tolist()
+            terms = [reconstruction(model.decode(z), x), gaussian_kl(mu, log_var)]
+            if prior:
+                terms.append(sampled_kl(mu, log_var, z, prior.log_prob(z)))
+            total += len(x) * torch.stack(terms)
+    recon, kl, *kl_fitted = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
-    return {"recon": recon, "kl": kl, "loss": recon + kl} | ({"loss_fitted": recon + kl_fitted} if prior else {})
+    results = {"recon": recon, "kl": kl, "loss": recon + kl}
+    return {**results, "loss_fitted": recon + kl_fitted[0]} if prior else results
 
 
 @torch.no_grad()
@@ -173,7 +175,8 @@ def options():
     """The parser of the command line; each option shows its default under --help."""
     parser = argparse.ArgumentParser(prog="vae.py", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, number, devices = parser.add_argument, common.in_range, ["cuda", "cpu"][not torch.cuda.is_available():]
+    add, number = parser.add_argument, common.in_range
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
     add("--lr", type=number(float, 1e-9, 1e3), default=8e-3, help="peak learning rate of Adam")
@@ -200,7 +203,8 @@ def main(argv=None):
         model, checkpoint = common.load_checkpoint(args.load, VAE)
         model.to(args.device)
     else:
-        print(" ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()))
+        chosen = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
+        print(" ".join(f"--{name} {value}" for name, value in chosen.items()))
         model = VAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
         model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
         history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.seed)
@@ -217,9 +221,8 @@ def main(argv=None):
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
     torch.manual_seed(args.seed)  # so that --load draws the same pictures again
-    files = {f"vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()}
-    if not args.load:
-        files["vae.pt"] = checkpoint
+    files = {} if args.load else {"vae.pt": checkpoint}
+    files.update({f"vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()})
     for name, item in files.items():
         common.save(out / name, item)
     print("wrote " + " ".join(str(out / name) for name in files))
