@@ -1,4 +1,4 @@
-"""What the three scripts share: pictures, the data, and a little plumbing. No model, no loss, no training loop.
+"""What the three scripts share: first the pictures, then the data, then a little plumbing.
 
 Images are rows of 784 pixels in [0, 1], 1 being ink. Pictures are matplotlib Figures: a notebook displays them, and
 `save` writes them to disk.
@@ -12,7 +12,6 @@ import socket
 import sys
 import tempfile
 from collections import namedtuple
-from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
@@ -23,11 +22,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torchvision.utils import make_grid
 
-GOOGLE_MIRROR = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784) floats, y: (N,) integers
 
-
-# Pictures
 
 def show(images, title="", columns=8, row_labels=()):
     """A Figure with images (N, 784) in a grid, dark ink on white; N may be any number."""
@@ -107,8 +103,6 @@ def plot_curves(title, unit, curves):
     return figure
 
 
-# The data
-
 def load_mnist(root="data", device="cpu"):
     """MNIST from the folder `root`, else downloaded to it, else scikit-learn's digits in its place, with a warning.
 
@@ -116,7 +110,7 @@ def load_mnist(root="data", device="cpu"):
     the device, and `source`, their name. Raises OSError if `root` cannot be used, ValueError if its files are damaged.
     """
     class MNIST(torchvision.datasets.MNIST):  # torchvision names the folder after the class
-        mirrors = [*torchvision.datasets.MNIST.mirrors, GOOGLE_MIRROR]
+        mirrors = [*torchvision.datasets.MNIST.mirrors, "https://storage.googleapis.com/cvdf-datasets/mnist/"]
 
     timeout, folder = socket.getdefaulttimeout(), Path(root) / "MNIST" / "raw"
     try:
@@ -126,9 +120,11 @@ def load_mnist(root="data", device="cpu"):
             raise ValueError("these are not 28x28 images with labels from 0 to 9")
         source = "MNIST"
     except Exception as error:  # what torchvision raises depends on where it stumbles, so we look at what is there
-        if all((folder / Path(name).stem).exists() for name, _ in MNIST.resources):
-            raise ValueError(f"the files in {folder} are damaged; delete this folder to download them again") from error
-        if not isinstance(error, (RuntimeError, URLError, HTTPException, ConnectionError, TimeoutError)):
+        complete = all((folder / Path(name).stem).exists() for name, _ in MNIST.resources)
+        if complete and not isinstance(error, OSError):
+            raise ValueError(f"the files in {folder} are damaged, or not MNIST's; delete or move this folder, and MNIST "
+                             "is downloaded again") from error
+        if not isinstance(error, (RuntimeError, URLError, ConnectionError, TimeoutError)):
             raise OSError(f"cannot use the data folder {root}: {error}; choose another one") from error
         parts, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
         print(f"WARNING: MNIST is not in {folder} and could not be downloaded ({str(error).strip().splitlines()[-1]}); "
@@ -155,8 +151,6 @@ def one_hot(labels, n_classes=10):
         raise ValueError(f"the labels go from {labels.min()} to {labels.max()}, the classes from 0 to {n_classes - 1}")
     return F.one_hot(labels.long(), n_classes).float()
 
-
-# Plumbing
 
 def in_range(kind, low, high):
     """The argparse type of an int or a float from low to high."""
@@ -190,7 +184,10 @@ def writable_folder(path):
 def save(path, item):
     """Writes a Figure as a PNG, anything else with torch.save, and in one step: no half-written file. OSError."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
-    item.savefig(buffer, format="png") if hasattr(item, "savefig") else torch.save(item, buffer)
+    if isinstance(item, Figure):
+        item.savefig(buffer, format="png")
+    else:
+        torch.save(item, buffer)
     try:
         part.write_bytes(buffer.getvalue())
         part.replace(path)

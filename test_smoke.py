@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributions as D
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,11 +109,21 @@ def test_kl_c_is_that_of_torch_distributions_and_splits_into_information_and_the
 
 
 def test_clustering_is_made_of_the_entropies_and_the_divergence_of_torch_distributions():
-    log_p, log_p_warped, opinion = torch.randn(9, 6).log_softmax(1), torch.randn(9, 6).log_softmax(1), torch.randn(9, 6)
-    q, q_warped, target = (D.Categorical(logits=logits) for logits in (log_p, log_p_warped, log_p + opinion))
-    h_c = D.Categorical(q.probs.mean(0)).entropy()
-    oracle = D.kl_divergence(target, q_warped).mean() + 0.1 * q.entropy().mean() - 0.5 * h_c
+    log_p, log_p_warped, opinion = torch.randn(9, 6).log_softmax(1), torch.randn(18, 6).log_softmax(1), torch.randn(9, 6)
+    q, target = D.Categorical(logits=log_p), D.Categorical(logits=log_p + opinion)
+    invariance = [D.kl_divergence(target, D.Categorical(logits=warped)).mean() for warped in log_p_warped.split(9)]
+    oracle = sum(invariance) / 2 + 0.1 * q.entropy().mean() - 0.5 * D.Categorical(q.probs.mean(0)).entropy()
     torch.testing.assert_close(gumbel_vae.clustering(log_p, log_p_warped, opinion), oracle)
+
+
+def test_the_second_opinion_is_the_weighted_density_of_the_codes():
+    model, x, _ = model_and_data("gumbel_vae")
+    prior, mu = gumbel_vae.fit_prior(model, blob_data()), model.encode(x)[0]
+    components = prior.component_distribution
+    for k in range(10):
+        density = D.MultivariateNormal(components.loc[k], components.covariance_matrix[k])
+        log_prob = torch.logsumexp(density.log_prob(mu[:, None]) + prior.mixture_distribution.probs[k].log(), 1)
+        torch.testing.assert_close(gumbel_vae.second_opinion(model, blob_data())[:, k], 0.3 * log_prob, atol=1e-3, rtol=1e-3)
 
 
 def test_capacity_is_zero_on_target_and_grows_on_both_sides():
@@ -332,7 +343,7 @@ def test_damaged_files_are_refused_with_the_folder_to_delete(damaged, tmp_path, 
     shutil.copytree(data_folder / "MNIST" / "raw", raw)
     victim = raw / "train-images-idx3-ubyte"
     victim.write_bytes(victim.read_bytes()[:1000] if damaged is None else damaged)
-    with pytest.raises(ValueError, match="MNIST/raw are damaged; delete"):
+    with pytest.raises(ValueError, match="MNIST/raw are damaged.*delete"):
         common.load_mnist(tmp_path)
 
 
@@ -490,11 +501,16 @@ def test_every_command_in_the_readme_and_the_docstrings_parses():
         SCRIPTS[script].options().parse_args(shlex.split(argv))
 
 
-def test_the_notebook_snippet_trains_as_the_script_does(tiny, tmp_path, data_folder, monkeypatch):
-    snippet = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "vae.train(" in block)
-    load_mnist = common.load_mnist
-    monkeypatch.setattr(common, "load_mnist", lambda root, device: load_mnist(data_folder, device))
-    scope = {}
-    exec(snippet.replace("%matplotlib inline", ""), scope)
-    by_script = vae.main(["--data", str(data_folder), "--out", str(tmp_path), "--epochs", str(len(scope["history"]))])
-    assert scope["history"][-1]["loss"] == by_script["loss"]
+def test_every_snippet_in_the_readme_runs_and_the_notebook_trains_as_the_script_does(tiny, tmp_path, data_folder,
+                                                                                     monkeypatch):
+    load_mnist, scope, losses = common.load_mnist, {}, []
+    monkeypatch.setattr(common, "load_mnist", lambda root="", device="cpu": load_mnist(data_folder, device))
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", lambda root, **kw: torchvision.datasets.MNIST(data_folder))
+    monkeypatch.chdir(tmp_path)
+    for script in ("cvae", "gumbel_vae"):
+        SCRIPTS[script].main(["--epochs", "1", "--data", str(data_folder)])
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(snippet, scope)
+        losses += [scope["history"][-1]["loss"]] if "history" in scope else []
+    by_script = vae.main(["--data", str(data_folder), "--epochs", "3"])
+    assert losses[0] == by_script["loss"]
