@@ -75,14 +75,14 @@ def plot_conditional_generation(model, prior, title="from the prior", n=10, digi
 
 @torch.no_grad()
 def plot_manifold(model, mu, labels, n=20):
-    """For a z of two numbers: digits decoded all over the plane, beside the posterior means mu (N, 2) by label (N,)."""
-    at = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
-    z = torch.stack([at.repeat(n), at.flip(0).repeat_interleave(n)], 1)                          # (n * n, 2)
+    """For a two-dimensional z: digits decoded over the plane, beside the means mu (N, 2), coloured by label (N,)."""
+    ticks = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
+    z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)                    # (n * n, 2)
     grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
     figure = Figure(figsize=(12, 6), layout="constrained")
     plane, means = figure.subplots(1, 2)
     plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
-    plane.set(title="the digits over the plane of z, in equal steps of probability", xticks=[], yticks=[])
+    plane.set(title="decoded digits over z, in equal steps of prior probability", xticks=[], yticks=[])
     for k in range(10):
         means.scatter(*mu[labels == k].cpu().T.numpy(), s=2, color=f"C{k}", label=k)
     means.set(title="posterior means of the test digits", xlim=(-4, 4), ylim=(-4, 4))
@@ -98,7 +98,6 @@ def plot_curves(title, unit, curves):
         axes.plot(range(1, len(values) + 1), values, marker=".", label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
     axes.legend()
     return figure
 
@@ -122,8 +121,8 @@ def load_mnist(root="data", device="cpu"):
     except Exception as error:  # what torchvision raises depends on where it stumbles, so we look at what is there
         complete = all((folder / Path(name).stem).exists() for name, _ in MNIST.resources)
         if complete and not isinstance(error, OSError):
-            raise ValueError(f"the files in {folder} are damaged, or not MNIST's; delete or move this folder, and MNIST "
-                             "is downloaded again") from error
+            raise ValueError(f"the files in {folder} are damaged, or not MNIST's; delete or move this folder, and "
+                             "MNIST will be downloaded again") from error
         if not isinstance(error, (RuntimeError, URLError, ConnectionError, TimeoutError)):
             raise OSError(f"cannot use the data folder {root}: {error}; choose another one") from error
         parts, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
@@ -136,7 +135,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def embedded_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28) and labels (N,), twice."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: (bytes (N, 28, 28), labels (N,)) of both parts."""
     digits = load_digits()
     x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]                     # (1797, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4))[:, 0].byte()             # (1797, 28, 28)
@@ -153,7 +152,7 @@ def one_hot(labels, n_classes=10):
 
 
 def in_range(kind, low, high):
-    """The argparse type of an int or a float from low to high."""
+    """An argparse type: an int or a float from low to high, both included."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high:  # nan is never in range
@@ -164,8 +163,8 @@ def in_range(kind, low, high):
 
 
 def log_epoch(epoch, metrics):
-    """Prints an aligned line of the log, in the first epoch below a header."""
-    shown = {name: value for name, value in metrics.items() if isinstance(value, float)}  # 80 columns hold no more
+    """Prints one aligned row of the log; in the first epoch also its header."""
+    shown = {name: value for name, value in metrics.items() if isinstance(value, float)}  # no room for integers
     if epoch == 1:
         print("epoch " + " ".join(f"{name:>6}" for name in shown))
     print(f"{epoch:5d} " + " ".join(f"{value:{max(6, len(name))}.2f}" for name, value in shown.items()), flush=True)
@@ -182,7 +181,7 @@ def writable_folder(path):
 
 
 def save(path, item):
-    """Writes a Figure as a PNG, anything else with torch.save, and in one step: no half-written file. OSError."""
+    """Writes a Figure as a PNG, anything else with torch.save, whole or not at all; OSError if it cannot."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
     if isinstance(item, Figure):
         item.savefig(buffer, format="png")
@@ -198,18 +197,18 @@ def save(path, item):
 
 
 def load_checkpoint(path, model_class):
-    """(model on the CPU, checkpoint) from a file that a script saved; OSError, or ValueError if it is anything else."""
+    """(model on the CPU, checkpoint) from a script's file; OSError if unreadable, ValueError if not a checkpoint."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         sizes = inspect.signature(model_class).parameters
         model = model_class(**{name: value for name, value in checkpoint["args"].items() if name in sizes})
         model.load_state_dict(checkpoint["state_dict"])
-        [row["loss"] for row in checkpoint["history"]], checkpoint["prior"]["covariances"]
+        [row["loss"] for row in checkpoint["history"]], checkpoint["prior"]["covariances"]  # KeyError if incomplete
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}; check the name") from None
     except Exception as error:  # torch.load alone fails in a dozen ways
-        raise ValueError(f"{path} is not a whole checkpoint of a {model_class.__name__}; give one that its script has "
-                         "saved") from error
+        raise ValueError(f"{path} is not a complete {model_class.__name__} checkpoint; give one saved by its "
+                         "script") from error
     return model, checkpoint
 
 

@@ -1,11 +1,11 @@
-"""The conditional beta-VAE: the decoder is told the label ("cheating"), so that we can ask for a digit.
+"""The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
 A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) only has to say
 how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. The bound is
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
-and the loss weighs its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so z leaves to the
+and the loss weights its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so z leaves to the
 label what the label already says: at beta = 1 many samples are not the digit we asked for, at beta = 10 hardly any,
 but they are smoother and less varied. A prior p(z|y), fitted to each digit's codes after training, needs no large beta.
 
@@ -109,7 +109,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # The learning rate climbs to lr during the first seventh of the steps, then falls in a straight line towards zero.
+    # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
@@ -130,13 +130,13 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
             history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
-        print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
+        print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
+    """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
 
     With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
     The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
@@ -190,7 +190,7 @@ def options():
     add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
     add("--seed", type=number(int, 0, 10**9), default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST, which is downloaded if it is not there")
+    add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
     add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
     add("--digit", type=number(int, 0, 9), metavar="D", help="draw samples of this digit alone")
@@ -203,7 +203,7 @@ def main(argv=None):
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # lets matrix products round their factors: much faster
+    torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, CVAE)

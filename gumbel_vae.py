@@ -1,9 +1,9 @@
 """The Gumbel VAE: a categorical latent c beside z, with which the model sorts the digits by itself, without a label.
 
-A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters, and inferred by q(z|x) q(c|x).
-The Gumbel-softmax draws a one-hot c and can pass the decoder's gradient on to q(c|x). By default, though, it only draws:
-a decoder that teaches c groups digits that look alike. The clusters are learned by the `clustering` term alone, and the
-VAE learns to draw them. The bound has one term more than the VAE's,
+A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters; q(z|x) q(c|x) infers z and c.
+The Gumbel-softmax samples a one-hot c and can pass the decoder's gradient on to q(c|x). By default, though, it only
+samples: taught by the decoder, c would group digits that merely look alike. The gradient of the `clustering` term alone
+finds the clusters, and the VAE learns to draw them. The bound has one term more than the VAE's,
 
     -ELBO = reconstruction + KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ) = I(x; c) + KL( q(c) || p(c) ) on average,
 
@@ -14,8 +14,8 @@ with q(c) the average of q(c|x), and I the mutual information. --objective choos
     capacity  Both KLs are held at capacities. Now c must be sure, but nothing says of what: slant or width will do.
     mi        I(x; c) changes its sign, and c must stay the same when x is warped to Tx: KL(c) becomes
               KL( q(c|x) || q(c|Tx) ) + 0.1 H(c|x) - 0.5 H(c) = KL( q(c|x) || q(c|Tx) ) - 0.1 I(x; c) - 0.4 H(c).
-              After a third of the epochs the codes get a say: in the first KL, q(c|x) is multiplied by p(z|c)^0.3,
-              with p(z|c) a prior fitted to each cluster.
+              After a third of the epochs there are two warps of each image, and the codes get a say: in the KL, the
+              left q(c|x) is multiplied by p(z|c)^0.3, where p(z|c) is a prior fitted to each cluster.
 
     Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, Learning Disentangled Joint Continuous and Discrete Representations, arXiv:1804.00104, equation 7
@@ -99,7 +99,7 @@ def categorical_kl(log_p):
 
 
 def capacity(kl, target, gamma=30.0):
-    """Holds a KL at a target that rises during training, both in nats per image. Dupont 2018, equation 7."""
+    """gamma |KL - target|, which holds a KL at a target, both in nats per image. Dupont 2018, equation 7."""
     return gamma * (kl - target).abs()
 
 
@@ -107,7 +107,7 @@ def clustering(log_p, log_p_warped, opinion):
     """KL(target || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c): a scalar in nats. After Hu et al. 2017.
 
     log_p (N, n_classes) is log q(c|x), and log_p_warped (M N, n_classes) is log q(c|Tx) for M warps of all images. The
-    target is q(c|x) exp(opinion), normalised. H(c) comes from the N images alone, which biases it low.
+    target is q(c|x) exp(opinion), normalised. H(c) is estimated from one batch, which biases it low.
     """
     target = F.log_softmax(log_p.detach() + opinion, dim=1)            # x teaches Tx, not the reverse
     target = target.repeat(len(log_p_warped) // len(log_p), 1)         # (M N, n_classes)
@@ -119,13 +119,14 @@ def clustering(log_p, log_p_warped, opinion):
 
 
 def warp(x, strength=1.0):
-    """Tx (N, 784): each image stretched, sheared, turned, shifted and bent, by too little to change the digit."""
-    at = (torch.arange(28, device=x.device) + 0.5) / 14 - 1            # (28,): pixel centres in [-1, 1]
-    plane = torch.stack([at.repeat(28), at.repeat_interleave(28), torch.ones(784, device=x.device)])     # (3, 784)
+    """Tx (N, 784): each image stretched, slanted, turned, shifted and bent, by too little to change the digit."""
+    centres = (torch.arange(28, device=x.device) + 0.5) / 14 - 1       # (28,): of pixels, in [-1, 1]
+    ones = torch.ones(784, device=x.device)
+    plane = torch.stack([centres.repeat(28), centres.repeat_interleave(28), ones])                       # (3, 784)
     bumps = F.interpolate(torch.eye(16, device=x.device).view(16, 1, 4, 4), size=28, mode="bicubic", align_corners=True)
     stretch_x, stretch_y, shear, turn, right, down = strength * (2 * torch.rand(6, len(x), device=x.device) - 1)
-    affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,  # to 10 %, 15 degrees, 2 pixels
-                          0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)                # (N, 2, 3)
+    affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,  # by up to 10 %, 15 degrees
+                          0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)  # and 2 pixels: (N, 2, 3)
     bend = 0.05 * strength * torch.randn(len(x), 2, 16, device=x.device)  # (N, 2, 16): 0.7 pixels (sd) at 4x4 places
     grid = affine @ plane + bend @ bumps.view(16, 784)                 # (N, 2, 784): where each pixel comes from
     grid = grid.view(-1, 2, 28, 28).permute(0, 2, 3, 1)                # (N, 28, 28, 2)
@@ -179,14 +180,14 @@ def train(model, data, epochs=15, batch_size=128, lr=4e-3, beta=1.0, objective="
     opinion, n_warps = torch.zeros(n, model.n_classes, device=device), 1
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # The learning rate climbs to lr during the first seventh of the steps, then falls in a straight line towards zero.
+    # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
         for epoch in range(1, epochs + 1):
             start, total = time.perf_counter(), torch.zeros((), device=device)
             if objective == "mi" and epoch > math.ceil(epochs / 3):    # by now there are clusters to fit
-                opinion, n_warps = second_opinion(model, data, seed=seed), 2     # (N, n_classes)
+                opinion, n_warps = second_opinion(model, data, seed=seed), 2     # two warps: less noise
             for batch in torch.randperm(n, device=device).split(batch_size):
                 x = data.x_train[batch]                                # (B, 784)
                 mu, log_var, log_p = model.encode(x)                   # (B, z_dim), (B, z_dim), (B, n_classes)
@@ -197,7 +198,7 @@ def train(model, data, epochs=15, batch_size=128, lr=4e-3, beta=1.0, objective="
                 if objective == "elbo":
                     loss = recon + kl + kl_c                           # exactly, without a weight
                 elif objective == "capacity":
-                    progress = min(1, 2 * schedule.last_epoch / steps)  # the schedule counts steps; full at half-time
+                    progress = min(1, 2 * schedule.last_epoch / steps)  # the schedule counts steps; 1 from half-time on
                     loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
                 else:
                     log_p_warped = model.cluster(warp(x.repeat(n_warps, 1)))     # (n_warps * B, n_classes)
@@ -212,17 +213,17 @@ def train(model, data, epochs=15, batch_size=128, lr=4e-3, beta=1.0, objective="
             history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
-        print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
+        print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
+    """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
 
     With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
     The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
-    The labels score the clusters argmax q(c|x), here and nowhere else.
+    nmi and acc, from 0 to 1, compare the clusters argmax q(c|x) with the labels, which are used here and nowhere else.
     """
     total, log_ps = 0, []
     with torch.random.fork_rng(devices=[data.x_test.device] if data.x_test.is_cuda else []):
@@ -240,7 +241,7 @@ def evaluate(model, data, prior=None, seed=0):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     p = torch.cat(log_ps).exp()                                        # (N, n_classes)
     results = {"recon": recon, "kl": kl, "kl_c": kl_c, "loss": recon + kl + kl_c,
-               "h_c": torch.special.entr(p.mean(0)).sum().item(),      # log K if all clusters are used alike
+               "h_c": torch.special.entr(p.mean(0)).sum().item(),      # log K if all clusters are used equally
                **score(data.y_test.cpu(), p.argmax(1).cpu())}
     return {**results, "loss_fitted": recon + kl_fitted[0] + kl_c} if prior else results
 
@@ -282,13 +283,13 @@ def options():
     add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
     add("--seed", type=number(int, 0, 10**9), default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST, which is downloaded if it is not there")
+    add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
     add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
     add("--objective", choices=["elbo", "capacity", "mi"], default="mi",
-        help="what becomes of KL(c): it stays, is held at a capacity, or is turned into the clustering term")
+        help="KL(c) is kept, held at a capacity (with KL(z)), or replaced by the clustering term")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.5,
-        help="temperature of the Gumbel-softmax; without effect under --objective mi")
+        help="temperature of the Gumbel-softmax; no effect under --objective mi")
     add("--n-classes", type=number(int, 2, 100), default=10, help="number of clusters")
     return parser
 
@@ -299,7 +300,7 @@ def main(argv=None):
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # lets matrix products round their factors: much faster
+    torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, GumbelVAE)

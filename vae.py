@@ -6,8 +6,8 @@ by q(z|x) = N(mu(x), diag(sigma^2(x))). Both are trained to maximise the evidenc
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
 
-that is, to minimise -ELBO = reconstruction + KL, here in nats per image. The codes of real digits do not fill N(0, I),
-so that many of its samples are no digits. After training, a mixture of Gaussians is fitted to them and takes its place.
+that is, to minimise -ELBO = reconstruction + KL, here in nats per image. The codes of real digits do not cover
+N(0, I), so many of its samples are not digits. After training, a mixture of Gaussians fitted to the codes replaces it.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
@@ -92,7 +92,7 @@ def fit_prior(model, data, n_components=100, seed=0):
         torch.manual_seed(seed)
         z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])       # (N, z_dim)
     n_components = max(1, min(n_components, len(z) // 100))
-    fit = GaussianMixture(n_components, tol=1.0, random_state=seed).fit(z.cpu().numpy())  # k-means, then EM
+    fit = GaussianMixture(n_components, tol=1.0, random_state=seed).fit(z.cpu().numpy())  # k-means, and a little EM
     return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device)[None]
                      for value in (fit.weights_, fit.means_, fit.covariances_)])
 
@@ -105,7 +105,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
     n, device, history = len(data.x_train), data.x_train.device, []
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # The learning rate climbs to lr during the first seventh of the steps, then falls in a straight line towards zero.
+    # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
@@ -126,13 +126,13 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
             history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
-        print(f"\ninterrupted in epoch {epoch}: going on with what has been learned; Ctrl-C again leaves at once")
+        print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """The test metrics in nats per image, with one z per image, drawn from `seed`; loss is the -ELBO, whatever beta.
+    """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
 
     With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
     The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
@@ -188,7 +188,7 @@ def options():
     add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
     add("--seed", type=number(int, 0, 10**9), default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST, which is downloaded if it is not there")
+    add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
     add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
     return parser
@@ -200,7 +200,7 @@ def main(argv=None):
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # lets matrix products round their factors: much faster
+    torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, VAE)
