@@ -135,7 +135,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def embedded_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: (bytes (N, 28, 28), labels (N,)) of both parts."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, framed like MNIST's: bytes (N, 28, 28), labels (N,), both parts."""
     digits = load_digits()
     x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]                     # (1797, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4))[:, 0].byte()             # (1797, 28, 28)

@@ -221,7 +221,7 @@ def test_the_fitted_prior_finds_a_known_mixture():
 
 def test_shared_blocks_are_the_same_to_the_letter():
     source = inspect.getsource
-    for name in ("reparameterize", "reconstruction", "gaussian_kl", "sampled_kl"):
+    for name in ("reparameterize", "reconstruction", "gaussian_kl", "sampled_kl", "mixture"):
         assert len({source(getattr(module, name)) for module in SCRIPTS.values()}) == 1, name
     assert source(vae.VAE.encode) == source(cvae.CVAE.encode)
     options = {script: set(source(module.options).splitlines()) for script, module in SCRIPTS.items()}

@@ -13,7 +13,7 @@ N(0, I), so many of its samples are not digits. After training, a mixture of Gau
     Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
 
-    python vae.py  # 15 epochs of 1.6 s on two cores: test -ELBO 101.74 ± 0.11 nats (seeds 0 to 4)
+    python vae.py  # half a minute on two cores: test -ELBO 101.65 ± 0.14 nats, with the fitted prior 97.09 ± 0.05
 """
 import argparse
 import math
@@ -74,9 +74,9 @@ def sampled_kl(mu, log_var, z, log_prior):
 
 
 def mixture(weights, means, covariances):
-    """A mixture of K Gaussians as a distribution over z, of batch shape (1,).
+    """Mixtures of K Gaussians for each of C classes, as a distribution over z of batch shape (C,).
 
-    weights (1, K), means (1, K, z_dim), covariances (1, K, z_dim, z_dim).
+    weights (C, K), means (C, K, z_dim), covariances (C, K, z_dim, z_dim).
     """
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
 
@@ -93,8 +93,8 @@ def fit_prior(model, data, n_components=100, seed=0):
         z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])       # (N, z_dim)
     n_components = max(1, min(n_components, len(z) // 100))
     fit = GaussianMixture(n_components, tol=1.0, random_state=seed).fit(z.cpu().numpy())  # k-means, and a little EM
-    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device)[None]
-                     for value in (fit.weights_, fit.means_, fit.covariances_)])
+    parameters = fit.weights_[None], fit.means_[None], fit.covariances_[None]                    # of a single class
+    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
 
 
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
