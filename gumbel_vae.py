@@ -177,7 +177,7 @@ def train(model, data, epochs=15, batch_size=128, lr=4e-3, beta=1.0, objective="
     Ctrl-C ends it early, without an error. Raises FloatingPointError if the loss diverges.
     """
     n, device, history = len(data.x_train), data.x_train.device, []
-    opinion, n_warps = torch.zeros(n, model.n_classes, device=device), 1
+    opinion, n_warps = torch.zeros(n, model.n_classes, device=device), 1         # none at first: (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
     # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.

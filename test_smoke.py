@@ -331,7 +331,7 @@ def test_a_run_reports_and_leaves_its_files_and_load_redraws_them(script, tiny, 
 def test_same_seed_same_bytes_and_evaluating_does_not_disturb(script, tiny, tmp_path, monkeypatch):
     first = tiny(script, out=tmp_path / "a")
     evaluate = SCRIPTS[script].evaluate
-    monkeypatch.setattr(SCRIPTS[script], "evaluate", 
+    monkeypatch.setattr(SCRIPTS[script], "evaluate",
                         lambda *args, **kw: evaluate(*args, **kw) and evaluate(*args, **kw))  # twice as often
     second = tiny(script, out=tmp_path / "b")
     assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
@@ -463,14 +463,12 @@ def test_every_command_in_the_readme_and_the_docstrings_parses():
         SCRIPTS[script].options().parse_args(shlex.split(argv))
 
 
-def test_every_snippet_in_the_readme_runs_and_the_notebook_trains_as_the_script_does(tiny, tmp_path, data_folder,
-                                                                                     monkeypatch):
+def test_every_snippet_in_the_readme_runs_and_the_notebook_trains_as_the_script_does(tmp_path, data_folder, monkeypatch):
     load_mnist, scope, losses = common.load_mnist, {}, []
     monkeypatch.setattr(common, "load_mnist", lambda root="", device="cpu": load_mnist(data_folder, device))
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", lambda root, **kw: torchvision.datasets.MNIST(data_folder))
     monkeypatch.chdir(tmp_path)
-    for script in ("cvae", "gumbel_vae"):
-        SCRIPTS[script].main(["--epochs", "1", "--data", str(data_folder)])
+    cvae.main(["--epochs", "1", "--data", str(data_folder)])  # leaves the checkpoint that a snippet loads
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(snippet, scope)
         losses += [scope["history"][-1]["loss"]] if "history" in scope else []
