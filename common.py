@@ -1,7 +1,7 @@
 """What the three scripts share: first the pictures, then the data, then a little plumbing.
 
-Images are rows of 784 pixels in [0, 1], 1 being ink. Pictures are matplotlib Figures: a notebook displays them, and
-`save` writes them to disk.
+Images are rows of 784 pixels in [0, 1], 1 being ink. Pictures are Figures: a notebook shows one that ends a cell, and
+`save` writes it to disk.
 """
 import argparse
 import inspect
@@ -13,16 +13,24 @@ import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
-from urllib.error import URLError
 
+import matplotlib.figure
 import torch
 import torch.nn.functional as F
 import torchvision
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torchvision.utils import make_grid
 
 Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784) floats, y: (N,) integers
+
+
+class Figure(matplotlib.figure.Figure):
+    """matplotlib's Figure, which also shows in a notebook without `%matplotlib inline`: Jupyter asks it for a PNG."""
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
 def show(images, title="", columns=8, row_labels=()):
@@ -31,7 +39,7 @@ def show(images, title="", columns=8, row_labels=()):
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two screen pixels for each pixel of a digit keep it crisp
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
-    figure = Figure(figsize=(full_width / 100, full_height / 100), dpi=100)
+    figure = Figure((full_width / 100, full_height / 100), dpi=100)
     axes = figure.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)
@@ -41,18 +49,15 @@ def show(images, title="", columns=8, row_labels=()):
     return figure
 
 
-def plot_reconstruction(x, probs, columns=10):
-    """A Figure with each test digit of x (N, 784) above its reconstruction, probs (N, 784)."""
-    rows = [F.pad(row, (0, 0, 0, columns - len(row)))                  # the last row may be short
-            for pair in zip(x.split(columns), probs.split(columns)) for row in pair]
-    return show(torch.cat(rows), "test digits and their reconstructions", columns,
-                ["digit", "reconstruction"] * (len(rows) // 2))
+def plot_reconstruction(x, probs):
+    """A Figure with a row of test digits, x (N, 784), above their reconstructions, probs (N, 784)."""
+    return show(torch.cat([x, probs]), "test digits and their reconstructions", len(x), ["digit", "reconstruction"])
 
 
 @torch.no_grad()
 def plot_generation(model, prior, title="samples from the prior", n=64):
     """A Figure with n samples: z from `prior`, a distribution over z, then the pixel probabilities of p(x|z)."""
-    z = prior.sample((n,)).flatten(1)                                  # (n, z_dim)
+    z = prior.sample((n,))                                             # (n, z_dim)
     return show(torch.sigmoid(model.decode(z)), title, math.ceil(math.sqrt(n)))
 
 
@@ -76,26 +81,26 @@ def plot_conditional_generation(model, prior, title="from the prior", n=10, digi
 @torch.no_grad()
 def plot_manifold(model, mu, labels, n=20):
     """For a two-dimensional z: digits decoded over the plane, beside the means mu (N, 2), coloured by label (N,)."""
-    ticks = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, n)).to(mu.device)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    ticks = normal.icdf((torch.arange(n, device=mu.device) + 0.5) / n)  # (n,): in equal steps of prior probability
     z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)                    # (n * n, 2)
     grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
     figure = Figure(figsize=(12, 6), layout="constrained")
-    plane, means = figure.subplots(1, 2)
-    plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
-    plane.set(title="decoded digits over z, in equal steps of prior probability", xticks=[], yticks=[])
-    for k in range(10):
-        means.scatter(*mu[labels == k].cpu().T.numpy(), s=2, color=f"C{k}", label=k)
-    means.set(title="posterior means of the test digits", xlim=(-4, 4), ylim=(-4, 4))
-    means.legend(title="digit", markerscale=5)
+    plane, codes = figure.subplots(1, 2)
+    plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    points = codes.scatter(*normal.cdf(mu).cpu().T.numpy(), s=2, c=labels.cpu(), cmap="tab10")
+    codes.legend(*points.legend_elements(), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+    plane.set(title="digits decoded from z", xlabel="share of N(0, 1) below z[0]", ylabel="share of N(0, 1) below z[1]")
+    codes.set(title="the codes mu of the test digits", xlim=(0, 1), ylim=(0, 1), xlabel="share of N(0, 1) below mu[0]")
     return figure
 
 
-def plot_curves(title, unit, curves):
-    """A Figure with one line per entry of `curves`, which maps a label to one value per epoch."""
+def plot_curves(title, unit, history, labels):
+    """A Figure with one line for each name in `labels`, which maps names of metrics in the history to their labels."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=unit)
-    for label, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, marker=".", label=label)
+    for name, label in labels.items():
+        axes.plot(range(1, len(history) + 1), [row[name] for row in history], marker=".", label=label)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -106,25 +111,22 @@ def load_mnist(root="data", device="cpu"):
     """MNIST from the folder `root`, else downloaded to it, else scikit-learn's digits in its place, with a warning.
 
     Returns Data: x_train (60000, 784) and x_test (10000, 784) in [0, 1], y_train (60000,) and y_test (10000,), all on
-    the device, and `source`, their name. Raises OSError if `root` cannot be used, ValueError if its files are damaged.
+    the device, and `source`, their name. Raises OSError if `root` cannot be used or its files are damaged.
     """
-    class MNIST(torchvision.datasets.MNIST):  # torchvision names the folder after the class
-        mirrors = [*torchvision.datasets.MNIST.mirrors, "https://storage.googleapis.com/cvdf-datasets/mnist/"]
-
-    timeout, folder = socket.getdefaulttimeout(), Path(root) / "MNIST" / "raw"
+    MNIST, folder, timeout = torchvision.datasets.MNIST, Path(root) / "MNIST" / "raw", socket.getdefaulttimeout()
+    complete = all((folder / Path(name).stem).exists() for name, _ in MNIST.resources)
+    if not complete:
+        writable_folder(root)
     try:
         socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang us
         parts = [(part.data, part.targets) for part in (MNIST(root, train, download=True) for train in (True, False))]
         if any(x.shape != (len(y), 28, 28) or not len(y) or y.max() > 9 for x, y in parts):
             raise ValueError("these are not 28x28 images with labels from 0 to 9")
         source = "MNIST"
-    except Exception as error:  # what torchvision raises depends on where it stumbles, so we look at what is there
-        complete = all((folder / Path(name).stem).exists() for name, _ in MNIST.resources)
-        if complete and not isinstance(error, OSError):
-            raise ValueError(f"the files in {folder} are damaged, or not MNIST's; delete or move this folder, and "
-                             "MNIST will be downloaded again") from error
-        if not isinstance(error, (RuntimeError, URLError, ConnectionError, TimeoutError)):
-            raise OSError(f"cannot use the data folder {root}: {error}; choose another one") from error
+    except Exception as error:  # torchvision raises all sorts of them
+        if complete:
+            raise OSError(f"the files in {folder} are damaged, or not MNIST's; delete or move this folder, and MNIST "
+                          "will be downloaded again") from error
         parts, source = embedded_digits(), "scikit-learn's 8x8 digits (NOT MNIST)"
         print(f"WARNING: MNIST is not in {folder} and could not be downloaded ({str(error).strip().splitlines()[-1]}); "
               f"using {source} instead")
@@ -181,7 +183,7 @@ def writable_folder(path):
 
 
 def save(path, item):
-    """Writes a Figure as a PNG, anything else with torch.save, whole or not at all; OSError if it cannot."""
+    """Writes a Figure as a PNG, anything else with torch.save, whole or not at all; the path, or OSError."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
     if isinstance(item, Figure):
         item.savefig(buffer, format="png")
@@ -194,26 +196,28 @@ def save(path, item):
         raise OSError(f"cannot write {path}: {error.strerror}; make room there or choose another folder") from None
     finally:
         part.unlink(missing_ok=True)
+    return path
 
 
-def load_checkpoint(path, model_class):
-    """(model on the CPU, checkpoint) from a script's file; OSError if unreadable, ValueError if not a checkpoint."""
+def load_checkpoint(path, model_class, device="cpu"):
+    """(model, checkpoint) from a script's file, on the device; OSError if it is unreadable or not such a checkpoint."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
         sizes = inspect.signature(model_class).parameters
         model = model_class(**{name: value for name, value in checkpoint["args"].items() if name in sizes})
         model.load_state_dict(checkpoint["state_dict"])
-        [row["loss"] for row in checkpoint["history"]], checkpoint["prior"]["covariances"]  # KeyError if incomplete
+        source, epochs = checkpoint["data"], len(checkpoint["history"])
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror}; check the name") from None
     except Exception as error:  # torch.load alone fails in a dozen ways
-        raise ValueError(f"{path} is not a complete {model_class.__name__} checkpoint; give one saved by its "
-                         "script") from error
-    return model, checkpoint
+        raise OSError(f"{path} is not a complete {model_class.__name__} checkpoint; give one that its script "
+                      "saved") from error
+    print(f"{path} was trained on {source} for {epochs} epochs")
+    return model.to(device).eval(), checkpoint
 
 
 def run(main):
-    """Calls a script's main from the command line: an error becomes one line and exit code 1, Ctrl-C exit code 130."""
+    """Calls main; faults of files or of the training become one line and exit code 1, others keep their traceback."""
     try:
         main()
     except KeyboardInterrupt:
@@ -222,5 +226,5 @@ def run(main):
     except BrokenPipeError:  # as in `python vae.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         sys.exit(1)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -5,12 +5,12 @@ how it is written. The decoder gets the one-hot label beside z; the encoder q(z|
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
-and the loss weights its KL: reconstruction + beta * KL. A large beta makes every nat in z expensive, so z leaves to the
-label what the label already says: at beta = 1 many samples are not the digit we asked for, at beta = 10 hardly any,
-but they are smoother and less varied. A prior p(z|y), fitted to each digit's codes after training, needs no large beta.
+and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, which costs it at most
+log 10 = 2.3 nats; a beta of 10 makes this dear. A prior p(z|y) fitted to each digit's codes helps at any beta.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
+    Bowman et al. 2015, Generating Sentences from a Continuous Space, arXiv:1511.06349 (the KL's weight climbs)
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
 
     python cvae.py --beta 10 --epochs 15  # half a minute on two cores: test -ELBO 140.35 ± 0.14 nats (seeds 0 to 4)
@@ -67,41 +67,6 @@ def gaussian_kl(mu, log_var):
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
-def sampled_kl(mu, log_var, z, log_prior):
-    """log q(z|x) - log p(z), which estimates the KL to any p from one z per image: averaged over images; nats.
-
-    z (N, z_dim) is drawn from q(z|x), and log_prior (N,) is its log p(z).
-    """
-    return (Normal(mu, torch.exp(log_var / 2)).log_prob(z).sum(1) - log_prior).mean()
-
-
-def mixture(weights, means, covariances):
-    """Mixtures of K Gaussians for each of C classes, as a distribution over z of batch shape (C,).
-
-    weights (C, K), means (C, K, z_dim), covariances (C, K, z_dim, z_dim).
-    """
-    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-
-
-@torch.no_grad()
-def fit_prior(model, data, n_components=10, seed=0):
-    """A prior p(z|y) that fits: for each digit a mixture of Gaussians over the codes of its training images.
-
-    Each image gives one z ~ q(z|x). There is one component for every 100 codes of the rarest digit, at least one and at
-    most n_components; a digit with fewer than 100 codes shares those of all. (On training codes that were held out, 20
-    components gain only 0.1 nats over 10.) Ghosh et al. 2020, section 4.
-    """
-    with torch.random.fork_rng(devices=[data.x_train.device] if data.x_train.is_cuda else []):
-        torch.manual_seed(seed)
-        z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])       # (N, z_dim)
-    groups = [z[data.y_train == k] for k in range(model.n_classes)]
-    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
-    groups = [codes if len(codes) >= 100 else z for codes in groups]
-    fits = [GaussianMixture(n_components, tol=1.0, random_state=seed).fit(codes.cpu().numpy()) for codes in groups]
-    parameters = [np.stack([getattr(fit, name) for fit in fits]) for name in ("weights_", "means_", "covariances_")]
-    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
-
-
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
     """Minimises reconstruction + beta * KL; returns the history, a dict of metrics for each epoch.
 
@@ -111,25 +76,27 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.
+    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 0 to beta (Bowman
+    # et al. 2015), so that z is in use before it is charged for. Then the rate falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
         for epoch in range(1, epochs + 1):
+            model.train()
             start, total = time.perf_counter(), torch.zeros((), device=device)
             for batch in torch.randperm(n, device=device).split(batch_size):
                 x, y = data.x_train[batch], labels[batch]              # (B, 784), (B, n_classes)
                 mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
                 logits = model.decode(reparameterize(mu, log_var), y)  # (B, 784)
                 recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
+                weight = beta * min(1, schedule.last_epoch / (0.15 * steps))  # the schedule counts the steps taken
                 optimizer.zero_grad()
-                (recon + beta * kl).backward()
+                (recon + weight * kl).backward()
                 optimizer.step()
                 schedule.step()
                 total += (recon + kl).detach() * len(x)                # stays on the device, so no step waits for it
-            train_loss = total.item() / n
-            seconds = time.perf_counter() - start
-            history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
+            metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
+            history.append({**metrics, **evaluate(model, data, seed=seed)})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
         print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
@@ -140,47 +107,72 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
 def evaluate(model, data, prior=None, seed=0):
     """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
 
-    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
-    The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
+    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I). The global
+    random state is restored afterwards. Raises FloatingPointError if the training has diverged.
     """
-    total, labels = 0, common.one_hot(data.y_test, model.n_classes)
+    model.eval()
+    total, standard, labels = 0, Normal(0.0, 1.0), common.one_hot(data.y_test, model.n_classes)
     with torch.random.fork_rng(devices=[data.x_test.device] if data.x_test.is_cuda else []):
         torch.manual_seed(seed)
         for x, y in zip(data.x_test.split(500), labels.split(500)):
             mu, log_var = model.encode(x)
             z = reparameterize(mu, log_var)
             terms = [reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var)]
-            if prior:
-                terms.append(sampled_kl(mu, log_var, z, (prior.log_prob(z[:, None]) * y).sum(1)))
+            if prior is not None:
+                log_prior = (prior.log_prob(z[:, None]) * y).sum(1)    # (B,): of each image's own class
+                terms.append((standard.log_prob(z).sum(1) - log_prior).mean())
             total += len(x) * torch.stack(terms)
-    recon, kl, *kl_fitted = (total / len(data.x_test)).tolist()
-    if not math.isfinite(recon + kl):
+    recon, kl, *change = (total / len(data.x_test)).tolist()
+    if not math.isfinite(recon + kl + sum(change)):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     results = {"recon": recon, "kl": kl, "loss": recon + kl}
-    return {**results, "loss_fitted": recon + kl_fitted[0]} if prior else results
+    return results if prior is None else {**results, "loss_fitted": recon + kl + change[0]}
+
+
+# After training: a prior that fits the codes, and the pictures.
+
+def mixture(weights, means, covariances):
+    """A mixture of K Gaussians as a distribution over z; any dimensions in front of K are a batch of mixtures.
+
+    weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
+    """
+    covariances = (covariances + covariances.mT) / 2  # PyTorch refuses what rounding leaves a little asymmetric
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+@torch.no_grad()
+def fit_prior(model, data, n_components=10, seed=0):
+    """A prior p(z|y) that fits: for each digit a mixture of Gaussians over the codes of its training images.
+
+    There are n_components a digit, fewer for less than 100 codes each. Held-out codes gain only 0.1 nats from 20.
+    """
+    model.eval()
+    z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
+    groups = [z[data.y_train == k].cpu().numpy() for k in range(model.n_classes)]
+    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
+    floor = 1e-5 * z.var().item()  # no variance is smaller: this keeps single precision sound at any scale of the codes
+    fits = [GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(codes) for codes in groups]
+    parameters = [np.stack([getattr(fit, name) for fit in fits]) for name in ("weights_", "means_", "covariances_")]
+    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
 
 
 @torch.no_grad()
 def draw(model, data, prior, history, digit=None):
     """The pictures of this script: a dict of Figures by name; with a digit, samples of it alone."""
-    x, y, n = data.x_test[:40], common.one_hot(data.y_test[:40], model.n_classes), 10 if digit is None else 64
-    mu, log_var = model.encode(x)
-    probs = torch.sigmoid(model.decode(reparameterize(mu, log_var), y))
-    standard = Normal(torch.zeros_like(mu[0]), 1.0)
+    x, y, n = data.x_test[:12], common.one_hot(data.y_test[:12], model.n_classes), 10 if digit is None else 64
+    probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x)), y))
+    standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
                "generation": common.plot_conditional_generation(model, standard, "z ~ N(0, I)", n, digit),
                "fitted": common.plot_conditional_generation(model, prior, "z ~ fitted prior", n, digit),
-               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
-                   "-ELBO, training": [row["train"] for row in history],
-                   "-ELBO, test": [row["loss"] for row in history],
-                   "reconstruction, test": [row["recon"] for row in history],
-                   "KL, test": [row["kl"] for row in history]})}
+               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", history, {
+                   "train": "-ELBO, train", "loss": "-ELBO, test", "recon": "reconstruction, test", "kl": "KL, test"})}
     return figures
 
 
 def options():
     """The parser of the command line; each option shows its default under --help."""
-    parser = argparse.ArgumentParser(prog="cvae.py", description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, number = parser.add_argument, common.in_range
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -194,7 +186,7 @@ def options():
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
-    add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
+    add("--load", metavar="FILE", help="a checkpoint: redraw from it instead of training (with its --seed, the same)")
     add("--digit", type=number(int, 0, 9), metavar="D", help="draw samples of this digit alone")
     return parser
 
@@ -208,34 +200,27 @@ def main(argv=None):
     torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
-        model, checkpoint = common.load_checkpoint(args.load, CVAE)
-        model.to(args.device)
+        model, checkpoint = common.load_checkpoint(args.load, CVAE, args.device)
     else:
-        chosen = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
-        print(" ".join(f"--{name} {value}" for name, value in chosen.items()))
+        print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None])
         model = CVAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
-        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
-        history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.seed)
-        start = time.perf_counter()
+        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # the mean image; helps short runs
+        history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
+                        seed=args.seed)
+        checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
+        common.save(out / "cvae.pt", checkpoint)  # at once, so that no later fault can lose it
+    if "prior" not in checkpoint:
         prior = fit_prior(model, data, seed=args.seed)
-        print(f"fitted the prior in {time.perf_counter() - start:.1f} seconds")
-        checkpoint = {"args": {**vars(args), "n_classes": model.n_classes}, "history": history,
-                      "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-                      "prior": {"weights": prior.mixture_distribution.probs.cpu(),
-                                "means": prior.component_distribution.loc.cpu(),
-                                "covariances": prior.component_distribution.covariance_matrix.cpu()}}
-    prior, history = mixture(*[value.to(args.device) for value in checkpoint["prior"].values()]), checkpoint["history"]
+        weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution
+        checkpoint["prior"] = {"weights": weights, "means": gaussians.loc, "covariances": gaussians.covariance_matrix}
+    prior, history = mixture(**checkpoint["prior"]), checkpoint["history"]
     results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
-    torch.manual_seed(args.seed)  # so that --load draws the same pictures again
+    torch.manual_seed(args.seed)  # so that --load with the same --seed draws the same pictures again
     files = {} if args.load else {"cvae.pt": checkpoint}
     files.update({f"cvae_{name}.png": figure for name, figure in draw(model, data, prior, history, args.digit).items()})
-    for name, item in files.items():
-        common.save(out / name, item)
-    print("wrote " + " ".join(str(out / name) for name in files))
-    if data.source != "MNIST":
-        print(f"WARNING: these are metrics of {data.source}")
+    print("wrote", *[common.save(out / name, item) for name, item in files.items()])
     return results
 
 

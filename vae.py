@@ -10,7 +10,7 @@ that is, to minimise -ELBO = reconstruction + KL, here in nats per image. The co
 N(0, I), so many of its samples are not digits. After training, a mixture of Gaussians fitted to the codes replaces it.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
-    Doersch 2016, Tutorial on Variational Autoencoders, arXiv:1606.05908
+    Bowman et al. 2015, Generating Sentences from a Continuous Space, arXiv:1511.06349 (the KL's weight climbs)
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
 
     python vae.py  # half a minute on two cores: test -ELBO 101.65 ± 0.14 nats, with the fitted prior 97.09 ± 0.05
@@ -65,38 +65,6 @@ def gaussian_kl(mu, log_var):
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
-def sampled_kl(mu, log_var, z, log_prior):
-    """log q(z|x) - log p(z), which estimates the KL to any p from one z per image: averaged over images; nats.
-
-    z (N, z_dim) is drawn from q(z|x), and log_prior (N,) is its log p(z).
-    """
-    return (Normal(mu, torch.exp(log_var / 2)).log_prob(z).sum(1) - log_prior).mean()
-
-
-def mixture(weights, means, covariances):
-    """Mixtures of K Gaussians for each of C classes, as a distribution over z of batch shape (C,).
-
-    weights (C, K), means (C, K, z_dim), covariances (C, K, z_dim, z_dim).
-    """
-    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-
-
-@torch.no_grad()
-def fit_prior(model, data, n_components=100, seed=0):
-    """A prior that fits: a mixture of Gaussians over the codes of the training images.
-
-    Each image gives one z ~ q(z|x). There is one component for every 100 codes, at least one and at most n_components.
-    (On training codes that were held out, 200 components gain only 0.1 nats over 100.) Ghosh et al. 2020, section 4.
-    """
-    with torch.random.fork_rng(devices=[data.x_train.device] if data.x_train.is_cuda else []):
-        torch.manual_seed(seed)
-        z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])       # (N, z_dim)
-    n_components = max(1, min(n_components, len(z) // 100))
-    fit = GaussianMixture(n_components, tol=1.0, random_state=seed).fit(z.cpu().numpy())  # k-means, and a little EM
-    parameters = fit.weights_[None], fit.means_[None], fit.covariances_[None]                    # of a single class
-    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
-
-
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
     """Minimises reconstruction + beta * KL; returns the history, a dict of metrics for each epoch.
 
@@ -105,25 +73,27 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
     n, device, history = len(data.x_train), data.x_train.device, []
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # The learning rate climbs to lr during the first 15 % of the steps, then falls in a straight line to nearly zero.
+    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 0 to beta (Bowman
+    # et al. 2015), so that z is in use before it is charged for. Then the rate falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
         for epoch in range(1, epochs + 1):
+            model.train()
             start, total = time.perf_counter(), torch.zeros((), device=device)
             for batch in torch.randperm(n, device=device).split(batch_size):
                 x = data.x_train[batch]                                # (B, 784)
                 mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
                 logits = model.decode(reparameterize(mu, log_var))     # (B, 784)
                 recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
+                weight = beta * min(1, schedule.last_epoch / (0.15 * steps))  # the schedule counts the steps taken
                 optimizer.zero_grad()
-                (recon + beta * kl).backward()
+                (recon + weight * kl).backward()
                 optimizer.step()
                 schedule.step()
                 total += (recon + kl).detach() * len(x)                # stays on the device, so no step waits for it
-            train_loss = total.item() / n
-            seconds = time.perf_counter() - start
-            history.append({"train": train_loss, **evaluate(model, data, seed=seed), "seconds": seconds})
+            metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
+            history.append({**metrics, **evaluate(model, data, seed=seed)})
             common.log_epoch(epoch, history[-1])
     except KeyboardInterrupt:
         print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
@@ -134,41 +104,65 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
 def evaluate(model, data, prior=None, seed=0):
     """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
 
-    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I).
-    The global random state is restored afterwards. Raises FloatingPointError if the training has diverged.
+    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I). The global
+    random state is restored afterwards. Raises FloatingPointError if the training has diverged.
     """
-    total = 0
+    model.eval()
+    total, standard = 0, Normal(0.0, 1.0)
     with torch.random.fork_rng(devices=[data.x_test.device] if data.x_test.is_cuda else []):
         torch.manual_seed(seed)
         for x in data.x_test.split(500):
             mu, log_var = model.encode(x)
             z = reparameterize(mu, log_var)
             terms = [reconstruction(model.decode(z), x), gaussian_kl(mu, log_var)]
-            if prior:
-                terms.append(sampled_kl(mu, log_var, z, prior.log_prob(z)))
+            if prior is not None:
+                log_prior = prior.log_prob(z)                          # (B,)
+                terms.append((standard.log_prob(z).sum(1) - log_prior).mean())
             total += len(x) * torch.stack(terms)
-    recon, kl, *kl_fitted = (total / len(data.x_test)).tolist()
-    if not math.isfinite(recon + kl):
+    recon, kl, *change = (total / len(data.x_test)).tolist()
+    if not math.isfinite(recon + kl + sum(change)):
         raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
     results = {"recon": recon, "kl": kl, "loss": recon + kl}
-    return {**results, "loss_fitted": recon + kl_fitted[0]} if prior else results
+    return results if prior is None else {**results, "loss_fitted": recon + kl + change[0]}
+
+
+# After training: a prior that fits the codes, and the pictures.
+
+def mixture(weights, means, covariances):
+    """A mixture of K Gaussians as a distribution over z; any dimensions in front of K are a batch of mixtures.
+
+    weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
+    """
+    covariances = (covariances + covariances.mT) / 2  # PyTorch refuses what rounding leaves a little asymmetric
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+@torch.no_grad()
+def fit_prior(model, data, n_components=100, seed=0):
+    """A prior that fits: a mixture of n_components Gaussians (fewer for less than 100 codes each) over training codes.
+
+    Each image gives one z ~ q(z|x). Held-out codes gain only 0.1 nats from 200 components. Ghosh et al. 2020.
+    """
+    model.eval()
+    z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
+    n_components = max(1, min(n_components, len(z) // 100))
+    floor = 1e-5 * z.var().item()  # no variance is smaller: this keeps single precision sound at any scale of the codes
+    fit = GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(z.cpu().numpy())
+    parameters = fit.weights_, fit.means_, fit.covariances_
+    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
 
 
 @torch.no_grad()
 def draw(model, data, prior, history):
     """The pictures of this script: a dict of Figures by name."""
-    x = data.x_test[:40]
-    mu, log_var = model.encode(x)
-    probs = torch.sigmoid(model.decode(reparameterize(mu, log_var)))
-    standard = Normal(torch.zeros_like(mu[0]), 1.0)
+    x = data.x_test[:12]
+    probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x))))
+    standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
                "generation": common.plot_generation(model, standard, "samples from the prior N(0, I)"),
                "fitted": common.plot_generation(model, prior, "samples from the fitted prior"),
-               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", {
-                   "-ELBO, training": [row["train"] for row in history],
-                   "-ELBO, test": [row["loss"] for row in history],
-                   "reconstruction, test": [row["recon"] for row in history],
-                   "KL, test": [row["kl"] for row in history]})}
+               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", history, {
+                   "train": "-ELBO, train", "loss": "-ELBO, test", "recon": "reconstruction, test", "kl": "KL, test"})}
     if model.z_dim == 2:  # the whole latent space fits on a page
         figures["manifold"] = common.plot_manifold(model, model.encode(data.x_test)[0], data.y_test)
     return figures
@@ -176,7 +170,7 @@ def draw(model, data, prior, history):
 
 def options():
     """The parser of the command line; each option shows its default under --help."""
-    parser = argparse.ArgumentParser(prog="vae.py", description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, number = parser.add_argument, common.in_range
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -190,7 +184,7 @@ def options():
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
-    add("--load", metavar="FILE", help="a checkpoint: redraw the pictures from it instead of training")
+    add("--load", metavar="FILE", help="a checkpoint: redraw from it instead of training (with its --seed, the same)")
     return parser
 
 
@@ -203,34 +197,27 @@ def main(argv=None):
     torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
     print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
     if args.load:
-        model, checkpoint = common.load_checkpoint(args.load, VAE)
-        model.to(args.device)
+        model, checkpoint = common.load_checkpoint(args.load, VAE, args.device)
     else:
-        chosen = {name.replace("_", "-"): value for name, value in vars(args).items() if value is not None}
-        print(" ".join(f"--{name} {value}" for name, value in chosen.items()))
+        print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None])
         model = VAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
-        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # start from the mean image, not grey
-        history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta, args.seed)
-        start = time.perf_counter()
+        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # the mean image; helps short runs
+        history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
+                        seed=args.seed)
+        checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
+        common.save(out / "vae.pt", checkpoint)  # at once, so that no later fault can lose it
+    if "prior" not in checkpoint:
         prior = fit_prior(model, data, seed=args.seed)
-        print(f"fitted the prior in {time.perf_counter() - start:.1f} seconds")
-        checkpoint = {"args": vars(args), "history": history,
-                      "state_dict": {name: value.cpu() for name, value in model.state_dict().items()},
-                      "prior": {"weights": prior.mixture_distribution.probs.cpu(),
-                                "means": prior.component_distribution.loc.cpu(),
-                                "covariances": prior.component_distribution.covariance_matrix.cpu()}}
-    prior, history = mixture(*[value.to(args.device) for value in checkpoint["prior"].values()]), checkpoint["history"]
+        weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution
+        checkpoint["prior"] = {"weights": weights, "means": gaussians.loc, "covariances": gaussians.covariance_matrix}
+    prior, history = mixture(**checkpoint["prior"]), checkpoint["history"]
     results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
-    torch.manual_seed(args.seed)  # so that --load draws the same pictures again
+    torch.manual_seed(args.seed)  # so that --load with the same --seed draws the same pictures again
     files = {} if args.load else {"vae.pt": checkpoint}
     files.update({f"vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()})
-    for name, item in files.items():
-        common.save(out / name, item)
-    print("wrote " + " ".join(str(out / name) for name in files))
-    if data.source != "MNIST":
-        print(f"WARNING: these are metrics of {data.source}")
+    print("wrote", *[common.save(out / name, item) for name, item in files.items()])
     return results
 
 
