@@ -212,7 +212,7 @@ def load_checkpoint(path, model_class, device="cpu"):
     except Exception as error:  # torch.load alone fails in a dozen ways
         raise OSError(f"{path} is not a complete {model_class.__name__} checkpoint; give one that its script "
                       "saved") from error
-    print(f"{path} was trained on {source} for {epochs} epochs")
+    print(f"{path} was trained on {source} (epochs: {epochs})")
     return model.to(device).eval(), checkpoint
 
 

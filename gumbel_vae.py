@@ -119,7 +119,7 @@ def warp(x, strength=1.0):
     return F.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).view(-1, 784)
 
 
-def train(model, data, epochs=15, batch_size=128, lr=4e-3, beta=1.0, objective="mi", gamma=100.0, tau=0.5, seed=0):
+def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0, objective="mi", gamma=100.0, tau=0.5, seed=0):
     """Minimises the objective; returns the history, a dict of metrics for each epoch.
 
     Ctrl-C ends it early, without an error. Raises FloatingPointError if the loss diverges.
@@ -255,7 +255,7 @@ def options():
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
-    add("--lr", type=number(float, 1e-9, 1e3), default=4e-3, help="peak learning rate of Adam")
+    add("--lr", type=number(float, 1e-9, 1e3), default=6e-3, help="peak learning rate of Adam")
     add("--beta", type=number(float, 0, 1e6), default=1.0, help="weight of KL(z) under --objective mi")
     add("--h-dim", type=number(int, 1, 10**5), default=400, help="units in each hidden layer")
     add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
