@@ -10,7 +10,6 @@ log 10 = 2.3 nats; a beta of 10 makes this dear. A prior p(z|y) fitted to each d
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
-    Bowman et al. 2015, Generating Sentences from a Continuous Space, arXiv:1511.06349 (the KL's weight climbs)
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
 
     python cvae.py --beta 10 --epochs 15  # half a minute on two cores: test -ELBO 140.35 ± 0.14 nats (seeds 0 to 4)
@@ -76,8 +75,8 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 0 to beta (Bowman
-    # et al. 2015), so that z is in use before it is charged for. Then the rate falls in a straight line to nearly zero.
+    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1 (the ELBO) to
+    # beta (after Bowman et al. 2015, arXiv:1511.06349). Then the rate falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
@@ -89,7 +88,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
                 mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
                 logits = model.decode(reparameterize(mu, log_var), y)  # (B, 784)
                 recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
-                weight = beta * min(1, schedule.last_epoch / (0.15 * steps))  # the schedule counts the steps taken
+                weight = 1 + (beta - 1) * min(1, schedule.last_epoch / (0.15 * steps))  # last_epoch counts the steps
                 optimizer.zero_grad()
                 (recon + weight * kl).backward()
                 optimizer.step()

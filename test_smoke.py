@@ -125,15 +125,16 @@ def test_a_warp_moves_the_ink_a_little_in_any_direction_and_with_no_strength_not
 
 
 @pytest.mark.parametrize("script, options, charge", [
-    (vae, {"beta": 0.5}, lambda climb, half, kl: 0.5 * climb * kl),
-    (cvae, {"beta": 7.0}, lambda climb, half, kl: 7 * climb * kl),
+    (vae, {"beta": 0.5}, lambda climb, half, kl: (1 - 0.5 * climb) * kl),
+    (cvae, {"beta": 7.0}, lambda climb, half, kl: (1 + 6 * climb) * kl),
     (gumbel_vae, {"objective": "elbo", "tau": 0.7}, lambda climb, half, kl, kl_c, clustering: kl + kl_c),
     (gumbel_vae, {"objective": "capacity", "tau": 0.7}, lambda climb, half, kl, kl_c, clustering:
         30 * abs(kl - 2.0 * half) + 30 * abs(kl_c - math.log(10) * half)),
     (gumbel_vae, {"objective": "mi", "tau": 0.7, "beta": 2.0, "gamma": 3.0}, lambda climb, half, kl, kl_c, clustering:
-        2 * climb * kl + 3 * clustering())])
-def test_every_step_takes_the_gradient_of_the_objective(script, options, charge, model, data, monkeypatch):
-    steps, parameters = [], list(model.parameters())
+        (1 + climb) * kl + 3 * clustering())])
+def test_every_step_takes_the_loss_and_gradient_of_the_objective(script, options, charge, model, data, monkeypatch):
+    losses, steps, parameters, backward = [], [], list(model.parameters()), torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: losses.append(loss.detach()) or backward(loss))
     monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: steps.append(  # and leave the model as it is
         (adam.param_groups[0]["lr"], [parameter.grad for parameter in parameters])))
     torch.manual_seed(1)
@@ -151,6 +152,7 @@ def test_every_step_takes_the_gradient_of_the_objective(script, options, charge,
         recon = vae.reconstruction(decode(model, mu + torch.exp(log_var / 2) * torch.randn(256, 5), y), x)
         climb, half = min(1, step / 3), min(1, step / 10)  # to 1 in 15 % of the 20 steps, and in half of them
         loss = recon + charge(climb, half, vae.gaussian_kl(mu, log_var), *rest)
+        assert_close(losses[step], loss.detach())
         for gradient, expected in zip(gradients, torch.autograd.grad(loss, parameters, retain_graph=True)):
             assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
     if script is gumbel_vae:  # whatever the objective, the decoder teaches c
@@ -303,8 +305,7 @@ def test_ctrl_c_ends_the_training_and_a_second_one_does_not_lose_it(script, tiny
     path = tmp_path / f"{script.__name__}.pt"
     model, checkpoint = common.load_checkpoint(path, MODELS[script])
     assert set(checkpoint) == {"args", "data", "history", "state_dict"} and len(checkpoint["history"]) == 1
-    assert not model.training
-    assert math.isfinite(tiny(script, "--load", path)["loss_fitted"])  # of a prior fitted now
+    assert not model.training and math.isfinite(tiny(script, "--load", path)["loss_fitted"])  # of a prior fitted now
 
 
 @pytest.mark.parametrize("fault, says", [
@@ -325,8 +326,7 @@ def test_faults_end_in_one_line_about_them(fault, says, tiny, data_folder, tmp_p
     with pytest.raises(SystemExit) as stop:
         common.run(lambda: tiny(vae, *fault.split()))
     message = str(stop.value.code) if stop.value.code != 2 else capsys.readouterr().err.splitlines()[-1]  # argparse's
-    assert says in message and "\n" not in message
-    assert files(tmp_path) == before
+    assert says in message and "\n" not in message and files(tmp_path) == before
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback():

@@ -6,11 +6,11 @@ by q(z|x) = N(mu(x), diag(sigma^2(x))). Both are trained to maximise the evidenc
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
 
-that is, to minimise -ELBO = reconstruction + KL, here in nats per image. The codes of real digits do not cover
-N(0, I), so many of its samples are not digits. After training, a mixture of Gaussians fitted to the codes replaces it.
+that is, to minimise -ELBO = reconstruction + KL, here in nats per image. (MNIST's pixels are grey: x stands for any
+black-and-white image drawn from them.) The codes of real digits do not cover N(0, I), so many samples from it are not
+digits. After training, a mixture of Gaussians fitted to the codes replaces it.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
-    Bowman et al. 2015, Generating Sentences from a Continuous Space, arXiv:1511.06349 (the KL's weight climbs)
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
 
     python vae.py  # half a minute on two cores: test -ELBO 101.65 ± 0.14 nats, with the fitted prior 97.09 ± 0.05
@@ -73,8 +73,8 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
     n, device, history = len(data.x_train), data.x_train.device, []
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     steps = epochs * math.ceil(n / batch_size)
-    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 0 to beta (Bowman
-    # et al. 2015), so that z is in use before it is charged for. Then the rate falls in a straight line to nearly zero.
+    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1 (the ELBO) to
+    # beta (after Bowman et al. 2015, arXiv:1511.06349). Then the rate falls in a straight line to nearly zero.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
                                                    anneal_strategy="linear", cycle_momentum=False)
     try:
@@ -86,7 +86,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, seed=0):
                 mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
                 logits = model.decode(reparameterize(mu, log_var))     # (B, 784)
                 recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
-                weight = beta * min(1, schedule.last_epoch / (0.15 * steps))  # the schedule counts the steps taken
+                weight = 1 + (beta - 1) * min(1, schedule.last_epoch / (0.15 * steps))  # last_epoch counts the steps
                 optimizer.zero_grad()
                 (recon + weight * kl).backward()
                 optimizer.step()
