@@ -157,7 +157,7 @@ def fit_prior(model, data, n_components=10, seed=0):
 
 @torch.no_grad()
 def draw(model, data, prior, history, digit=None):
-    """The pictures of this script: a dict of Figures by name; with a digit, samples of it alone."""
+    """The pictures of this script: a dict of Figures by name."""
     x, y, n = data.x_test[:12], common.one_hot(data.y_test[:12], model.n_classes), 10 if digit is None else 64
     probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x)), y))
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
