@@ -217,7 +217,7 @@ def load_checkpoint(path, model_class, device="cpu"):
 
 
 def run(main):
-    """Calls main; faults of files or of the training become one line and exit code 1, others keep their traceback."""
+    """Calls main; file and training errors become one line and exit code 1, all others keep their traceback."""
     try:
         main()
     except KeyboardInterrupt:

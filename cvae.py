@@ -1,12 +1,12 @@
 """The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
 A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) only has to say
-how it is written. The decoder gets the one-hot label beside z; the encoder q(z|x) does not see it. The bound is
+how it is written. The decoder gets the one-hot label alongside z; the encoder q(z|x) does not see it. The bound is
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
 and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, which costs it at most
-log 10 = 2.3 nats; a beta of 10 makes this dear. A prior p(z|y) fitted to each digit's codes helps at any beta.
+log 10 = 2.3 nats; a beta of 10 makes this expensive. At beta = 1, a prior p(z|y) fitted to each digit's codes helps too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
@@ -135,7 +135,7 @@ def mixture(weights, means, covariances):
 
     weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
     """
-    covariances = (covariances + covariances.mT) / 2  # PyTorch refuses what rounding leaves a little asymmetric
+    covariances = (covariances + covariances.mT) / 2  # PyTorch rejects what rounding left a little asymmetric
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
 
 
@@ -143,13 +143,13 @@ def mixture(weights, means, covariances):
 def fit_prior(model, data, n_components=10, seed=0):
     """A prior p(z|y) that fits: for each digit a mixture of Gaussians over the codes of its training images.
 
-    There are n_components a digit, fewer for less than 100 codes each. Held-out codes gain only 0.1 nats from 20.
+    There are n_components per digit, fewer if under 100 codes each. Held-out codes gain only 0.1 nats from 20.
     """
     model.eval()
     z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
     groups = [z[data.y_train == k].cpu().numpy() for k in range(model.n_classes)]
     n_components = max(1, min(n_components, min(map(len, groups)) // 100))
-    floor = 1e-5 * z.var().item()  # no variance is smaller: this keeps single precision sound at any scale of the codes
+    floor = 1e-5 * z.var().item()  # the least variance: single precision is stable with it, whatever the scale
     fits = [GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(codes) for codes in groups]
     parameters = [np.stack([getattr(fit, name) for fit in fits]) for name in ("weights_", "means_", "covariances_")]
     return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
@@ -207,7 +207,7 @@ def main(argv=None):
         history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
                         seed=args.seed)
         checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
-        common.save(out / "cvae.pt", checkpoint)  # at once, so that no later fault can lose it
+        common.save(out / "cvae.pt", checkpoint)  # at once, so that no later failure loses it
     if "prior" not in checkpoint:
         prior = fit_prior(model, data, seed=args.seed)
         weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution

@@ -1,4 +1,4 @@
-"""The Gumbel VAE: a categorical latent c beside z, with which the model sorts the digits by itself, without a label.
+"""The Gumbel VAE: a categorical latent c alongside z, with which the model sorts the digits by itself, without a label.
 
 A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters; q(z|x) q(c|x) infers z and c.
 The Gumbel-softmax draws a one-hot c from q(c|x), and hands the decoder's gradient on to q(c|x) as if c were soft. Now
@@ -104,13 +104,13 @@ def clustering(log_q, log_q_warped):
 
 
 def warp(x, strength=1.0):
-    """Tx (N, 784): each image stretched, slanted, turned, shifted and bent, by too little to change the digit."""
+    """Tx (N, 784): each image stretched, slanted, turned, shifted and bent, too little to change the digit."""
     stretch_x, stretch_y, shear, turn, right, down = strength * (2 * torch.rand(6, len(x), device=x.device) - 1)
     # Stretched by up to 10 %, leaning by up to 25 degrees (15 of them turned), and shifted by up to 2 pixels.
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)        # (N, 2, 3)
     # Bent by random shifts of 0.7 pixels (sd) at 4x4 places. The 16 bumps that spread them over the image are the same
-    # for all images: to interpolate the shifts of each image takes more than twice as long.
+    # for all images: interpolating each image's own shifts takes more than twice as long.
     bumps = F.interpolate(torch.eye(16, device=x.device).view(16, 1, 4, 4), size=28, mode="bicubic", align_corners=True)
     bend = 0.05 * strength * torch.randn(len(x), 2, 16, device=x.device) @ bumps.view(16, 784)   # (N, 2, 784)
     grid = F.affine_grid(affine, (len(x), 1, 28, 28), align_corners=False)  # where each pixel comes from, in [-1, 1]
@@ -145,7 +145,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0, objective="
                 if objective == "elbo":
                     loss = recon + kl + kl_c                           # exactly, from the first step
                 elif objective == "capacity":
-                    progress = min(1, 2 * schedule.last_epoch / steps)  # 1 from half-time on
+                    progress = min(1, 2 * schedule.last_epoch / steps)  # 1 from halfway on
                     loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, math.log(model.n_classes) * progress)
                 else:
                     log_q_warped = model.cluster(warp(x.repeat(2, 1)))  # (2 B, n_classes): two warps of each image
@@ -210,7 +210,7 @@ def mixture(weights, means, covariances):
 
     weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
     """
-    covariances = (covariances + covariances.mT) / 2  # PyTorch refuses what rounding leaves a little asymmetric
+    covariances = (covariances + covariances.mT) / 2  # PyTorch rejects what rounding left a little asymmetric
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
 
 
@@ -218,15 +218,15 @@ def mixture(weights, means, covariances):
 def fit_prior(model, data, n_components=10, seed=0):
     """A prior p(z|c) that fits: for each cluster a mixture of Gaussians over the codes of its training images.
 
-    There are n_components a cluster, fewer for less than 100 codes each. A cluster with less shares the codes of all.
+    There are n_components per cluster; a cluster with under 100 codes for each of them shares the codes of all.
     """
     model.eval()
     z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
     clusters = torch.cat([model.cluster(x) for x in data.x_train.split(500)]).argmax(1)          # (N,)
+    n_components = max(1, min(n_components, len(z) // 100))
     groups = [z[clusters == k].cpu().numpy() for k in range(model.n_classes)]
-    groups = [codes if len(codes) >= 100 else z.cpu().numpy() for codes in groups]
-    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
-    floor = 1e-5 * z.var().item()  # no variance is smaller: this keeps single precision sound at any scale of the codes
+    groups = [codes if len(codes) >= 100 * n_components else z.cpu().numpy() for codes in groups]
+    floor = 1e-5 * z.var().item()  # the least variance: single precision is stable with it, whatever the scale
     fits = [GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(codes) for codes in groups]
     parameters = [np.stack([getattr(fit, name) for fit in fits]) for name in ("weights_", "means_", "covariances_")]
     return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
@@ -264,7 +264,7 @@ def options():
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
     add("--load", metavar="FILE", help="a checkpoint: redraw from it instead of training (with its --seed, the same)")
     add("--objective", choices=["elbo", "capacity", "mi"], default="mi", help="what becomes of KL(c)")
-    add("--gamma", type=number(float, 0, 1e6), default=100.0, help="weight of the clustering; at 1 the decoder's wins")
+    add("--gamma", type=number(float, 0, 1e6), default=100.0, help="weight of the clustering; at 1 the decoder wins")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature of the Gumbel-softmax")
     add("--n-classes", type=number(int, 2, 100), default=10, help="number of clusters")
     return parser
@@ -287,7 +287,7 @@ def main(argv=None):
         history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
                         objective=args.objective, gamma=args.gamma, tau=args.tau, seed=args.seed)
         checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
-        common.save(out / "gumbel_vae.pt", checkpoint)  # at once, so that no later fault can lose it
+        common.save(out / "gumbel_vae.pt", checkpoint)  # at once, so that no later failure loses it
     if "prior" not in checkpoint:
         prior = fit_prior(model, data, seed=args.seed)
         weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution

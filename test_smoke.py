@@ -230,7 +230,7 @@ def test_evaluate_agrees_with_the_same_sums_by_hand(script, model, data):
 
 @pytest.mark.parametrize("scale", [0.01, 300.0])
 def test_the_fitted_prior_finds_a_known_mixture_at_any_scale(scale, script):
-    model = torch.nn.Module()  # whose "images" are codes z already, with a posterior of next to no width
+    model = torch.nn.Module()  # whose "images" are codes z already, with a posterior of almost no width
     model.n_classes, model.encode = 2, lambda x: (x, torch.full_like(x, -30.0))
     model.cluster = lambda x: torch.stack([-x[:, 0], x[:, 0]], 1)
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ by q(z|x) = N(mu(x), diag(sigma^2(x))). Both are trained to maximise the evidenc
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
 
 that is, to minimise -ELBO = reconstruction + KL, here in nats per image. (MNIST's pixels are grey: x stands for any
-black-and-white image drawn from them.) The codes of real digits do not cover N(0, I), so many samples from it are not
+black-and-white image drawn from them.) The codes of real digits do not cover N(0, I), so samples from it often are not
 digits. After training, a mixture of Gaussians fitted to the codes replaces it.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -133,20 +133,20 @@ def mixture(weights, means, covariances):
 
     weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
     """
-    covariances = (covariances + covariances.mT) / 2  # PyTorch refuses what rounding leaves a little asymmetric
+    covariances = (covariances + covariances.mT) / 2  # PyTorch rejects what rounding left a little asymmetric
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
 
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=100, seed=0):
-    """A prior that fits: a mixture of n_components Gaussians (fewer for less than 100 codes each) over training codes.
+    """A prior that fits: a mixture of n_components Gaussians (fewer if under 100 codes each) over training codes.
 
     Each image gives one z ~ q(z|x). Held-out codes gain only 0.1 nats from 200 components. Ghosh et al. 2020.
     """
     model.eval()
     z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
     n_components = max(1, min(n_components, len(z) // 100))
-    floor = 1e-5 * z.var().item()  # no variance is smaller: this keeps single precision sound at any scale of the codes
+    floor = 1e-5 * z.var().item()  # the least variance: single precision is stable with it, whatever the scale
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(z.cpu().numpy())
     parameters = fit.weights_, fit.means_, fit.covariances_
     return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
@@ -205,7 +205,7 @@ def main(argv=None):
         history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
                         seed=args.seed)
         checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
-        common.save(out / "vae.pt", checkpoint)  # at once, so that no later fault can lose it
+        common.save(out / "vae.pt", checkpoint)  # at once, so that no later failure loses it
     if "prior" not in checkpoint:
         prior = fit_prior(model, data, seed=args.seed)
         weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution
