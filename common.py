@@ -79,19 +79,19 @@ def plot_conditional_generation(model, prior, title="from the prior", n=10, digi
 
 
 @torch.no_grad()
-def plot_manifold(model, mu, labels, n=20):
-    """For a two-dimensional z: digits decoded over the plane, beside the means mu (N, 2), coloured by label (N,)."""
+def plot_manifold(model, codes, labels, n=20):
+    """For a two-dimensional z: digits decoded over the plane, beside the codes (N, 2), coloured by label (N,)."""
     normal = torch.distributions.Normal(0.0, 1.0)
-    ticks = normal.icdf((torch.arange(n, device=mu.device) + 0.5) / n)  # (n,): in equal steps of prior probability
+    ticks = normal.icdf((torch.arange(n, device=codes.device) + 0.5) / n)  # (n,): in equal steps of prior probability
     z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)                    # (n * n, 2)
     grid = make_grid(torch.sigmoid(model.decode(z)).cpu().view(-1, 1, 28, 28), nrow=n, padding=0)[0].numpy()
     figure = Figure(figsize=(12, 6), layout="constrained")
-    plane, codes = figure.subplots(1, 2)
-    plane.imshow(grid, cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
-    points = codes.scatter(*normal.cdf(mu).cpu().T.numpy(), s=2, c=labels.cpu(), cmap="tab10")
-    codes.legend(*points.legend_elements(), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
-    plane.set(title="digits decoded from z", xlabel="share of N(0, 1) below z[0]", ylabel="share of N(0, 1) below z[1]")
-    codes.set(title="the codes mu of the test digits", xlim=(0, 1), ylim=(0, 1), xlabel="share of N(0, 1) below mu[0]")
+    left, right = figure.subplots(1, 2)
+    left.imshow(grid, cmap="gray_r", vmin=0, vmax=1, extent=(0, 1, 0, 1))
+    points = right.scatter(*normal.cdf(codes).cpu().T.numpy(), s=2, c=labels.cpu(), cmap="tab10")
+    right.legend(*points.legend_elements(), title="digit", loc="center left", bbox_to_anchor=(1, 0.5))
+    left.set(title="digits decoded from z", xlabel="share of N(0, 1) below z[0]", ylabel="share of N(0, 1) below z[1]")
+    right.set(title="codes z of test digits", xlim=(0, 1), ylim=(0, 1), xlabel="share of N(0, 1) below z[0]")
     return figure
 
 

@@ -1,17 +1,17 @@
 """The Gumbel VAE: a categorical latent c alongside z, with which the model sorts the digits by itself, without a label.
 
 A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters; q(z|x) q(c|x) infers z and c.
-The Gumbel-softmax draws a one-hot c from q(c|x), and hands the decoder's gradient on to q(c|x) as if c were soft. Now
+The Gumbel-softmax draws a one-hot c from q(c|x), and lets the decoder's gradient through as if c were soft. Now
 
     -ELBO = reconstruction + KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ),
 
 and --objective chooses what becomes of KL(c):
 
-    elbo      It stays. z, which learns fast, takes over everything before c says anything, and c stays nearly empty.
+    elbo      It stays. z learns first, c is noise to the decoder until it has nothing left to say, and stays nearly empty.
     capacity  Both KLs are held at capacities. Now c must be sure, but nothing says of what: slant or width will do.
     mi        gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be sure of each image, and
-              use all clusters. This term says which images belong together, the decoder's gradient reaches c at about a
-              hundredth of its weight, and the decoder learns to draw what c names.
+              use all clusters. With gamma = 100, this term says which images belong together; the decoder's gradient,
+              which reaches c too, is outweighed; and the decoder learns to draw what c names.
 
     Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, Learning Disentangled Joint Continuous and Discrete Representations, arXiv:1804.00104, equation 7
@@ -182,7 +182,7 @@ def evaluate(model, data, prior=None, seed=0):
             z = reparameterize(mu, log_var)
             terms = [reconstruction(model.decode(z, c), x), gaussian_kl(mu, log_var)]
             if prior is not None:
-                log_prior = (prior.log_prob(z[:, None]) * c).sum(1)    # (B,): of each image's own cluster
+                log_prior = (prior.log_prob(z[:, None]) * c).sum(1)    # (B,): of each image's sampled cluster
                 terms.append((standard.log_prob(z).sum(1) - log_prior).mean())
             total += len(x) * torch.stack(terms)
     recon, kl, *change = (total / len(data.x_test)).tolist()

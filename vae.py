@@ -164,7 +164,7 @@ def draw(model, data, prior, history):
                "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", history, {
                    "train": "-ELBO, train", "loss": "-ELBO, test", "recon": "reconstruction, test", "kl": "KL, test"})}
     if model.z_dim == 2:  # the whole latent space fits on a page
-        figures["manifold"] = common.plot_manifold(model, model.encode(data.x_test)[0], data.y_test)
+        figures["manifold"] = common.plot_manifold(model, reparameterize(*model.encode(data.x_test)), data.y_test)
     return figures
 
 
