@@ -7,7 +7,7 @@ The Gumbel-softmax draws a one-hot c from q(c|x), and lets the decoder's gradien
 
 and --objective chooses what becomes of KL(c):
 
-    elbo      It stays. z learns first, c is noise to the decoder until it has nothing left to say, and stays nearly empty.
+    elbo      It stays. z learns first, while c is noise to the decoder; later c has nothing left to say.
     capacity  Both KLs are held at capacities. Now c must be sure, but nothing says of what: slant or width will do.
     mi        gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be sure of each image, and
               use all clusters. With gamma = 100, this term says which images belong together; the decoder's gradient,
