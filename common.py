@@ -39,7 +39,7 @@ def show(images, title="", columns=8, row_labels=()):
     height, width = 2 * grid.shape[0], 2 * grid.shape[1]  # two screen pixels for each pixel of a digit keep it crisp
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = max(left + width, 8 * len(title)) + 10, top + height + 10
-    figure = Figure((full_width / 100, full_height / 100), dpi=100)
+    figure = Figure(figsize=(full_width / 100, full_height / 100), dpi=100)
     axes = figure.add_axes((left / full_width, 10 / full_height, width / full_width, height / full_height))
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10)
@@ -185,7 +185,7 @@ def writable_folder(path):
 def save(path, item):
     """Writes a Figure as a PNG, anything else with torch.save, whole or not at all; the path, or OSError."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
-    if isinstance(item, Figure):
+    if isinstance(item, matplotlib.figure.Figure):
         item.savefig(buffer, format="png")
     else:
         torch.save(item, buffer)

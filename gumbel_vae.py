@@ -183,7 +183,7 @@ def evaluate(model, data, prior=None, seed=0):
             terms = [reconstruction(model.decode(z, c), x), gaussian_kl(mu, log_var)]
             if prior is not None:
                 log_prior = (prior.log_prob(z[:, None]) * c).sum(1)    # (B,): of each image's sampled cluster
-                terms.append((standard.log_prob(z).sum(1) - log_prior).mean())
+                terms.append((standard.log_prob(z).sum(1) - log_prior).mean())  # nats; negative if it fits better
             total += len(x) * torch.stack(terms)
     recon, kl, *change = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl + sum(change)):
@@ -262,7 +262,7 @@ def options():
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
-    add("--load", metavar="FILE", help="a checkpoint: redraw from it instead of training (with its --seed, the same)")
+    add("--load", metavar="FILE", help="a checkpoint: redraw its pictures instead of training")
     add("--objective", choices=["elbo", "capacity", "mi"], default="mi", help="what becomes of KL(c)")
     add("--gamma", type=number(float, 0, 1e6), default=100.0, help="weight of the clustering; at 1 the decoder wins")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature of the Gumbel-softmax")
@@ -288,7 +288,7 @@ def main(argv=None):
                         objective=args.objective, gamma=args.gamma, tau=args.tau, seed=args.seed)
         checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
         common.save(out / "gumbel_vae.pt", checkpoint)  # at once, so that no later failure loses it
-    if "prior" not in checkpoint:
+    if "prior" not in checkpoint:  # trained just now, or saved by a run that ended before the fit
         prior = fit_prior(model, data, seed=args.seed)
         weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution
         checkpoint["prior"] = {"weights": weights, "means": gaussians.loc, "covariances": gaussians.covariance_matrix}
@@ -296,7 +296,7 @@ def main(argv=None):
     results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
-    torch.manual_seed(args.seed)  # so that --load with the same --seed draws the same pictures again
+    torch.manual_seed(args.seed)  # with the same --seed, --load draws the same pictures again
     files = {} if args.load else {"gumbel_vae.pt": checkpoint}
     files.update({f"gumbel_vae_{name}.png": figure for name, figure in draw(model, data, prior, history).items()})
     print("wrote", *[common.save(out / name, item) for name, item in files.items()])
