@@ -1,30 +1,34 @@
 """The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
-A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and z ~ N(0, I) only has to say
-how it is written. The decoder gets the one-hot label alongside z; the encoder q(z|x) does not see it. The bound is
+A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and
+z ~ N(0, I) only has to say how it is written. The decoder gets the one-hot label alongside z; the
+encoder q(z|x) does not see it. The bound is
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
-and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, which costs it at most
-log 10 = 2.3 nats; a beta of 10 makes this expensive. At 1, a prior p(z|y) fitted to each digit's codes helps too.
+and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, and a
+random z contradicts the label. A beta of 10 makes everything in z expensive, so the decoder takes
+the digit from the label, which is free. At 1, a prior p(z|y) fitted to each digit's codes cures it
+too, and moves a code from one digit to another: all ten digits in a given digit's handwriting.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
-    Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional Generative Models, NIPS
-    Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4 (the fitted prior)
+    Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional
+        Generative Models, NIPS
+    Kingma et al. 2014, Semi-supervised Learning with Deep Generative Models, arXiv:1406.5298
+    Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
 
-    python cvae.py --beta 10 --epochs 15  # half a minute on two cores: test -ELBO 137.84 ± 0.47 nats (seeds 0 to 4)
-    python cvae.py --beta 1               # 99.40 ± 0.07 nats, with the fitted prior 94.96 ± 0.07
+    python cvae.py --beta 10 --epochs 15  # the defaults; half a minute on two cores:
+                             # test -ELBO 137.84 ± 0.47 nats (seeds 0 to 4)
+    python cvae.py --beta 1  # 99.40 ± 0.07 nats, 94.96 ± 0.07 with the fitted prior
 """
 import argparse
 import math
 import time
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.mixture import GaussianMixture
 from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import Normal
 
 import common
 
@@ -32,7 +36,7 @@ import common
 class CVAE(nn.Module):
     """784-400-20 and back: encoder q(z|x), decoder p(x|z, y)."""
 
-    def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10):
+    def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10, mean=0.13):
         super().__init__()
         self.z_dim, self.n_classes = z_dim, n_classes
         self.to_hidden = nn.Linear(image_size, h_dim)
@@ -40,6 +44,8 @@ class CVAE(nn.Module):
         self.to_log_var = nn.Linear(h_dim, z_dim)
         self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
         self.to_logits = nn.Linear(h_dim, image_size)
+        # Start from the mean pixel or, better, the mean image: half a nat less after three epochs.
+        self.to_logits.bias.data.copy_(torch.logit(torch.as_tensor(mean), eps=1e-3))
 
     def encode(self, x):
         """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
@@ -47,125 +53,121 @@ class CVAE(nn.Module):
         return self.to_mu(h), self.to_log_var(h)
 
     def decode(self, z, y):
-        """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784); torch.sigmoid of them is the picture."""
+        """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784)."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
+
+    def forward(self, x, y):
+        """x, one-hot y to logits (N, 784), by one sampled z each, and mu, log_var (N, z_dim)."""
+        mu, log_var = self.encode(x)
+        return self.decode(reparameterize(mu, log_var), y), mu, log_var
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim), so that gradients reach mu and sigma. Kingma and Welling 2013, section 2.4."""
+    """z = mu + sigma * noise (N, z_dim): gradients reach mu and sigma. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels, from logits for stability: summed over pixels, averaged over images; nats."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Kingma and Welling 2013, appendix B."""
+    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Ibid., appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
-def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, seed=0):
-    """Minimises reconstruction + beta * KL; returns the history, a dict of metrics for each epoch.
+def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=None):
+    """Minimises reconstruction + beta * KL.
 
-    Ctrl-C ends it early, without an error. Raises FloatingPointError if the loss diverges.
+    Returns the history, a list with one dict of metrics per epoch. A list handed in as `history`
+    is continued, so it keeps them even if Ctrl-C ends the training. Raises FloatingPointError if
+    the loss diverges.
     """
-    n, device, history = len(data.x_train), data.x_train.device, []
+    n, device, history = len(data.x_train), data.x_train.device, [] if history is None else history
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    steps = epochs * math.ceil(n / batch_size)
-    # During the first 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1 (the ELBO) to
-    # beta (after Bowman et al. 2015, arXiv:1511.06349). Then the rate falls in a straight line to nearly zero.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.15,
-                                                   anneal_strategy="linear", cycle_momentum=False)
-    try:
-        for epoch in range(1, epochs + 1):
-            model.train()
-            start, total = time.perf_counter(), torch.zeros((), device=device)
-            for batch in torch.randperm(n, device=device).split(batch_size):
-                x, y = data.x_train[batch], labels[batch]              # (B, 784), (B, n_classes)
-                mu, log_var = model.encode(x)                          # (B, z_dim), (B, z_dim)
-                logits = model.decode(reparameterize(mu, log_var), y)  # (B, 784)
-                recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
-                weight = 1 + (beta - 1) * min(1, schedule.last_epoch / (0.15 * steps))  # last_epoch counts the steps
-                optimizer.zero_grad()
-                (recon + weight * kl).backward()
-                optimizer.step()
-                schedule.step()
-                total += (recon + kl).detach() * len(x)                # stays on the device, so no step waits for it
-            metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
-            history.append({**metrics, **evaluate(model, data, seed=seed)})
-            common.log_epoch(epoch, history[-1])
-    except KeyboardInterrupt:
-        print(f"\ninterrupted in epoch {epoch}: keeping what has been learned; Ctrl-C again quits at once")
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    step, steps = 0, epochs * math.ceil(n / batch_size)
+    for epoch in range(1, epochs + 1):
+        model.train()
+        start, total = time.perf_counter(), torch.zeros((), device=device)
+        for batch in torch.randperm(n, device=device).split(batch_size):
+            # In the first 15 % of the steps the learning rate climbs to lr, and the weight of the
+            # KL from 1 to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
+            climb, fall = min(1, step / (0.15 * steps)), (steps - step) / (0.85 * steps)
+            optimizer.param_groups[0]["lr"] = lr * min(climb + 1 / steps, fall)
+            weight = 1 + (beta - 1) * climb
+            x, y = data.x_train[batch], labels[batch]                  # (B, 784), (B, n_classes)
+            logits, mu, log_var = model(x, y)                          # (B, 784), (B, z_dim) twice
+            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
+            optimizer.zero_grad()
+            (recon + weight * kl).backward()
+            optimizer.step()
+            step += 1
+            total += (recon + kl).detach() * len(x)  # stays on the device: no step waits for it
+        metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
+        history.append({**metrics, **evaluate(model, data)})
+        common.log_epoch(epoch, history[-1])
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """The test metrics, in nats per image, from one z per image sampled with `seed`; loss is the -ELBO for any beta.
+    """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
-    With a prior, such as fit_prior's, loss_fitted is the -ELBO of the model that has it in place of N(0, I). The global
-    random state is restored afterwards. Raises FloatingPointError if the training has diverged.
+    Each image has one sampled z. Its noise, of a given seed, is the same on every device and for
+    every training. With a prior, such as the fitted one, loss_fitted is the -ELBO of the model
+    that has it in place of N(0, I). Raises FloatingPointError if the training has diverged.
     """
     model.eval()
-    total, standard, labels = 0, Normal(0.0, 1.0), common.one_hot(data.y_test, model.n_classes)
-    with torch.random.fork_rng(devices=[data.x_test.device] if data.x_test.is_cuda else []):
-        torch.manual_seed(seed)
-        for x, y in zip(data.x_test.split(500), labels.split(500)):
-            mu, log_var = model.encode(x)
-            z = reparameterize(mu, log_var)
-            terms = [reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var)]
-            if prior is not None:
-                log_prior = (prior.log_prob(z[:, None]) * y).sum(1)    # (B,): of each image's own class
-                terms.append((standard.log_prob(z).sum(1) - log_prior).mean())  # nats; negative if it fits better
-            total += len(x) * torch.stack(terms)
+    generator, total = torch.Generator().manual_seed(seed), 0
+    labels = common.one_hot(data.y_test, model.n_classes)              # (N, n_classes)
+    for x, y in zip(data.x_test.split(500), labels.split(500)):
+        mu, log_var = model.encode(x)                                  # (B, z_dim), (B, z_dim)
+        noise = torch.randn(mu.shape, generator=generator).to(mu.device)
+        z = mu + torch.exp(log_var / 2) * noise                        # (B, z_dim)
+        terms = [reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var)]
+        if prior is not None:
+            log_standard = Normal(0.0, 1.0).log_prob(z).sum(1)         # (B,)
+            log_prior = prior.log_prob(z[:, None])[y == 1]             # (B,): of each image's class
+            terms.append((log_standard - log_prior).mean())  # nats; negative if it fits better
+        total += len(x) * torch.stack(terms)
     recon, kl, *change = (total / len(data.x_test)).tolist()
     if not math.isfinite(recon + kl + sum(change)):
-        raise FloatingPointError("the training diverged, and the loss is not finite; try a smaller lr")
+        raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
     results = {"recon": recon, "kl": kl, "loss": recon + kl}
     return results if prior is None else {**results, "loss_fitted": recon + kl + change[0]}
 
 
 # After training: a prior that fits the codes, and the pictures.
 
-def mixture(weights, means, covariances):
-    """A mixture of K Gaussians as a distribution over z; any dimensions in front of K are a batch of mixtures.
-
-    weights (..., K), means (..., K, z_dim), covariances (..., K, z_dim, z_dim).
-    """
-    covariances = (covariances + covariances.mT) / 2  # PyTorch rejects what rounding left a little asymmetric
-    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-
-
 @torch.no_grad()
-def fit_prior(model, data, n_components=10, seed=0):
-    """A prior p(z|y) that fits: for each digit a mixture of Gaussians over the codes of its training images.
+def fit_prior(model, data, n_components=10):
+    """A prior p(z|y) that fits: for each class, a mixture of Gaussians over its training codes.
 
-    There are n_components per digit, fewer if under 100 codes each. Held-out codes gain only 0.1 nats from 20.
+    Held-out codes gain only 0.1 nats from 20 components. Returns what common.mixture takes.
     """
     model.eval()
-    z = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(500)])           # (N, z_dim)
-    groups = [z[data.y_train == k].cpu().numpy() for k in range(model.n_classes)]
-    n_components = max(1, min(n_components, min(map(len, groups)) // 100))
-    floor = 1e-5 * z.var().item()  # the least variance: single precision is stable with it, whatever the scale
-    fits = [GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed).fit(codes) for codes in groups]
-    parameters = [np.stack([getattr(fit, name) for fit in fits]) for name in ("weights_", "means_", "covariances_")]
-    return mixture(*[torch.as_tensor(value, dtype=z.dtype, device=z.device) for value in parameters])
+    z = [reparameterize(*model.encode(x)) for x in data.x_train.split(500)]
+    return common.fit_mixtures(torch.cat(z), data.y_train, model.n_classes, n_components)
 
 
 @torch.no_grad()
-def draw(model, data, prior, history, digit=None):
-    """The pictures of this script: a dict of Figures by name."""
-    x, y, n = data.x_test[:12], common.one_hot(data.y_test[:12], model.n_classes), 10 if digit is None else 64
-    probs = torch.sigmoid(model.decode(reparameterize(*model.encode(x)), y))
+def draw(model, data, fitted, history, setting="", digit=None):
+    """The pictures of this script: a dict of Figures by name; `setting` ends their titles."""
+    x, y, prior = data.x_test[:12], data.y_test[:12], common.mixture(**fitted)
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
+    probs = torch.sigmoid(model(x, common.one_hot(y, model.n_classes))[0])
+    codes = common.transfer(model.encode(x)[0], y, **fitted)           # (12, n_classes, z_dim)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
-               "generation": common.plot_conditional_generation(model, standard, "z ~ N(0, I)", n, digit),
-               "fitted": common.plot_conditional_generation(model, prior, "z ~ fitted prior", n, digit),
-               "loss": common.plot_curves("-ELBO = reconstruction + KL", "nats per image", history, {
-                   "train": "-ELBO, train", "loss": "-ELBO, test", "recon": "reconstruction, test", "kl": "KL, test"})}
+               "handwriting": common.plot_handwriting(model, x, codes, setting),
+               "loss": common.plot_curves(history)}
+    for name, z in ("generation", standard), ("fitted", prior):
+        title = f", z ~ {'N(0, I)' if z is standard else 'fitted prior'}{setting}"
+        figures[name] = common.plot_conditional_generation(model, z, title)
+        if digit is not None:  # beside the picture of all digits
+            figures[f"{name}_{digit}"] = common.plot_conditional_generation(
+                model, z, title, 64, digit)
     return figures
 
 
@@ -178,14 +180,14 @@ def options():
     add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
     add("--lr", type=number(float, 1e-9, 1e3), default=8e-3, help="peak learning rate of Adam")
-    add("--beta", type=number(float, 0, 1e6), default=10.0, help="weight of the KL in training; 1 is the ELBO")
+    add("--beta", type=number(float, 0, 1e6), default=10.0, help="weight of the KL; 1: the ELBO")
     add("--h-dim", type=number(int, 1, 10**5), default=400, help="units in each hidden layer")
-    add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the Gaussian latent z")
+    add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the latent z")
     add("--seed", type=number(int, 0, 10**9), default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
-    add("--load", metavar="FILE", help="a checkpoint: redraw its pictures instead of training")
+    add("--load", metavar="FILE", help="a checkpoint to redraw instead of training")
     add("--digit", type=number(int, 0, 9), metavar="D", help="draw samples of this digit alone")
     return parser
 
@@ -196,29 +198,36 @@ def main(argv=None):
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("medium")  # matrix products may round to bfloat16: much faster
-    print(f"{data.source}: {len(data.x_train)} training and {len(data.x_test)} test images, on {args.device}")
+    print(data.source, f"{len(data.x_train)} training and {len(data.x_test)} test images", sep=": ")
     if args.load:
         model, checkpoint = common.load_checkpoint(args.load, CVAE, args.device)
     else:
-        print(*[f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if value is not None])
-        model = CVAE(h_dim=args.h_dim, z_dim=args.z_dim).to(args.device)
-        model.to_logits.bias.data = torch.logit(data.x_train.mean(0), eps=1e-3)  # the mean image; helps short runs
-        history = train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, beta=args.beta,
-                        seed=args.seed)
-        checkpoint = {"args": vars(args), "data": data.source, "history": history, "state_dict": model.state_dict()}
+        sizes = {"h_dim": args.h_dim, "z_dim": args.z_dim}
+        model = CVAE(**sizes, mean=data.x_train.mean(0)).to(args.device)
+        checkpoint = {"args": vars(args), "data": data.source, "history": []}
+    chosen, history = checkpoint["args"], checkpoint["history"]
+    print(*[f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()
+            if value is not None])
+    if not args.load:
+        try:
+            train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
+                  beta=args.beta, history=history)
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was learned is kept; Ctrl-C again quits at once")
+        checkpoint["state_dict"] = model.state_dict()
         common.save(out / "cvae.pt", checkpoint)  # at once, so that no later failure loses it
     if "prior" not in checkpoint:  # trained just now, or saved by a run that ended before the fit
-        prior = fit_prior(model, data, seed=args.seed)
-        weights, gaussians = prior.mixture_distribution.probs, prior.component_distribution
-        checkpoint["prior"] = {"weights": weights, "means": gaussians.loc, "covariances": gaussians.covariance_matrix}
-    prior, history = mixture(**checkpoint["prior"]), checkpoint["history"]
-    results = {**evaluate(model, data, prior, args.seed), "train_seconds": sum(row["seconds"] for row in history)}
+        print("fitting the prior to the codes ...", flush=True)
+        checkpoint["prior"] = fit_prior(model, data)
+    results = evaluate(model, data, common.mixture(**checkpoint["prior"]))
+    results["train_seconds"] = sum(epoch["seconds"] for epoch in history)
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
 
     torch.manual_seed(args.seed)  # with the same --seed, --load draws the same pictures again
     files = {} if args.load else {"cvae.pt": checkpoint}
-    files.update({f"cvae_{name}.png": figure for name, figure in draw(model, data, prior, history, args.digit).items()})
+    setting = f", beta {chosen['beta']:g}"
+    figures = draw(model, data, checkpoint["prior"], history, setting, args.digit)
+    files.update({f"cvae_{name}.png": figure for name, figure in figures.items()})
     print("wrote", *[common.save(out / name, item) for name, item in files.items()])
     return results
 
