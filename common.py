@@ -25,10 +25,8 @@ from sklearn.mixture import GaussianMixture
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 from torchvision.utils import make_grid
 
-Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x: (N, 784), y: (N,) or None
+Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x (N, 784), y (N,) or None
 
-
-# The pictures.
 
 class Figure(matplotlib.figure.Figure):
     """matplotlib's, which a notebook shows without any magic: Jupyter asks it for a PNG."""
@@ -40,23 +38,23 @@ class Figure(matplotlib.figure.Figure):
 
 
 def side(images):
-    """The height and width of square images (N, side * side); ValueError if they are not square."""
-    root = math.isqrt(images.shape[-1])
-    if root * root != images.shape[-1]:
-        raise ValueError(f"images of {images.shape[-1]} pixels are not square; crop or pad them")
-    return root
+    """The height and width of square images (N, side * side), or ValueError."""
+    size = math.isqrt(images.shape[-1])
+    if images.dim() != 2 or size * size != images.shape[-1]:
+        raise ValueError(f"these are no rows of square images: {tuple(images.shape)}")
+    return size
 
 
 def tile(images, columns):
     """Images (N, side * side) as one array (rows * side, columns * side)."""
-    images = images.detach().cpu().view(-1, 1, side(images), side(images))
+    images = images.detach().cpu().reshape(-1, 1, side(images), side(images))
     return make_grid(images, nrow=columns, padding=0)[0].numpy()
 
 
 def show(images, title="", columns=8, row_labels=()):
     """A Figure with images (N, 784) in a grid, dark ink on white; N may be any number."""
     grid, size = tile(images, columns), side(images)
-    zoom = math.ceil(56 / size)  # a whole number of screen pixels for each of a digit keeps it crisp
+    zoom = math.ceil(56 / size)  # whole numbers of screen pixels keep digits crisp
     height, width = zoom * grid.shape[0], zoom * grid.shape[1]
     left, top = 10 + 8 * max(map(len, row_labels), default=0), 30
     full_width, full_height = left + max(width, 8 * len(title)) + 10, top + height + 10
@@ -140,26 +138,22 @@ def plot_manifold(model, codes, labels=None, n=20):
 
 
 def plot_curves(history):
-    """A Figure of a training's metrics by epoch; losses are shown from the second epoch on."""
-    panels = [["train", "loss"], ["recon"], ["kl"], ["kl_c", "i_c"], ["nmi", "acc"]]
-    panels = [names for names in panels if history and names[-1] in history[0]]
-    figure = Figure(figsize=(3 * max(1, len(panels)), 3), layout="constrained")
+    """A Figure of the metrics by epoch, without the first one's losses, which dwarf the rest."""
+    panels = ["train, loss", "recon", "kl", "kl_c, i_c", "nmi, acc"]
+    panels = [names for names in panels if history and names.split(", ")[-1] in history[0]]
+    figure = Figure(figsize=(3 * len(panels) + 1, 3), layout="constrained")
     for place, names in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
-        for name in names:
-            first = 1 if name in ("train", "loss", "recon", "kl") and len(history) > 1 else 0
-            axes.plot(range(first + 1, len(history) + 1), [row[name] for row in history[first:]],
-                      marker=".", label=name, clip_on=False)
-        axes.set_title(" and ".join(names) + (" (0 to 1)" if names == ["nmi", "acc"] else ", nats"))
+        axes = figure.add_subplot(1, len(panels), place, title=names, xlabel="epoch")
+        score = names == "nmi, acc"
+        start = 1 if len(history) > 1 and not score else 0
+        for name in names.split(", "):
+            values = [epoch[name] for epoch in history]
+            axes.plot(range(start + 1, len(values) + 1), values[start:], ".-", label=name)
+        axes.set(ylabel="test set" if score else "nats per image", ylim=(0, 1.02) if score else None)
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
-        if names == ["nmi", "acc"]:
-            axes.set_ylim(0, 1)
-        if len(names) > 1:
-            axes.legend()
+        axes.legend()
     return figure
 
-
-# The data.
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
     """Data from NumPy arrays or tensors: images (N, H, W) or (N, H*W), labels (N,) or None.
@@ -193,10 +187,10 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def load_mnist(root="data", device="cpu"):
-    """MNIST from the folder `root`, else downloaded to it, else scikit-learn's digits, with a warning.
+    """MNIST as Data, from the folder `root` or downloaded to it; 60,000 and 10,000 images.
 
-    Returns Data: x_train (60000, 784), x_test (10000, 784), y_train (60000,), y_test (10000,), all
-    on the device. Raises OSError if `root` cannot be used or its files are damaged.
+    Without a network, scikit-learn's digits serve, with a warning. Raises OSError if `root` cannot
+    be used, or its files are damaged.
     """
     MNIST, folder = torchvision.datasets.MNIST, Path(root) / "MNIST" / "raw"
     names, timeout = [Path(name).stem for name, _ in MNIST.resources], socket.getdefaulttimeout()
@@ -230,7 +224,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def embedded_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels framed as MNIST's: bytes (N, 28, 28), labels (N,)."""
+    """scikit-learn's 1,797 digits of 8x8 pixels, framed as MNIST's: x, y of both parts."""
     digits = load_digits()
     x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]       # (1797, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4))[:, 0].byte()
@@ -249,15 +243,12 @@ def one_hot(labels, n_classes=10):
     return F.one_hot(labels.long(), n_classes).float()
 
 
-# Mixtures of Gaussians, fitted to codes after training.
-
 def fit_mixtures(z, labels=None, n_classes=1, n_components=10):
     """One mixture of Gaussians for all codes z (N, z_dim), or one for each of n_classes labels.
 
-    Returns weights (n_classes, M), means (n_classes, M, z_dim) and covariances (n_classes, M,
-    z_dim, z_dim) of M <= n_components Gaussians, at most one for 100 codes, as a dict of tensors
-    without the first dimension if labels is None. A class with few codes shares those of all.
-    Its random numbers depend on torch.manual_seed.
+    Returns a dict of weights (n_classes, M), means (n_classes, M, z_dim) and covariances
+    (n_classes, M, z_dim, z_dim), without n_classes if labels is None; M <= n_components has 100
+    codes each on average. A class with too few shares all codes. torch.manual_seed repeats it.
     """
     groups = [z if labels is None else z[labels == k] for k in range(n_classes)]
     n_components = max(1, min(n_components, len(z) // (100 * n_classes)))
@@ -294,8 +285,6 @@ def transfer(z, labels, weights, means, covariances):
     standard = torch.linalg.solve(root[labels], z - mu[labels])        # (N, z_dim)
     return mu + torch.einsum("kij,nj->nki", root, standard)
 
-
-# Plumbing.
 
 def in_range(kind, low, high):
     """An argparse type: an int or a float from low to high, both included."""
@@ -364,7 +353,7 @@ def load_checkpoint(path, model_class, device="cpu"):
 
 
 def run(main):
-    """Calls main; file and training errors end in one line and exit code 1, others in a traceback."""
+    """Calls main; file and training errors end in one line and exit code 1."""
     try:
         main()
     except KeyboardInterrupt:

@@ -44,7 +44,7 @@ class CVAE(nn.Module):
         self.to_log_var = nn.Linear(h_dim, z_dim)
         self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
         self.to_logits = nn.Linear(h_dim, image_size)
-        # Start from the mean pixel or, better, the mean image: half a nat less after three epochs.
+        # Start from the mean pixel or, better, the mean image: 0.5 nats less after three epochs.
         self.to_logits.bias.data.copy_(torch.logit(torch.as_tensor(mean), eps=1e-3))
 
     def encode(self, x):
@@ -80,9 +80,8 @@ def gaussian_kl(mu, log_var):
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=None):
     """Minimises reconstruction + beta * KL.
 
-    Returns the history, a list with one dict of metrics per epoch. A list handed in as `history`
-    is continued, so it keeps them even if Ctrl-C ends the training. Raises FloatingPointError if
-    the loss diverges.
+    Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
+    and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
     """
     n, device, history = len(data.x_train), data.x_train.device, [] if history is None else history
     labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
@@ -115,9 +114,9 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=No
 def evaluate(model, data, prior=None, seed=0):
     """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
-    Each image has one sampled z. Its noise, of a given seed, is the same on every device and for
-    every training. With a prior, such as the fitted one, loss_fitted is the -ELBO of the model
-    that has it in place of N(0, I). Raises FloatingPointError if the training has diverged.
+    Each image has one sampled z, by noise that is the same on every device and for every training.
+    With a prior, loss_fitted is the -ELBO of the model that has it in place of N(0, I). Raises
+    FloatingPointError if the training has diverged.
     """
     model.eval()
     generator, total = torch.Generator().manual_seed(seed), 0

@@ -1,4 +1,4 @@
-"""The Gumbel VAE: a categorical latent c beside z, with which the model sorts digits, without a label.
+"""The Gumbel VAE: beside z a categorical c, with which the model sorts digits without a label.
 
 A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters; q(z|x)
 q(c|x) infers z and c. The Gumbel-softmax draws a one-hot c from q(c|x), and lets the decoder's
@@ -9,20 +9,18 @@ gradient through as if c were soft. c shall name the digit, z the handwriting. T
 and --objective chooses what becomes of KL(c):
 
     elbo        It stays; with --beta 1 the loss is the -ELBO. A nat in z costs what a nat in c
-                costs, so nothing favours c, which stays nearly empty. With --beta 4, z is dearer,
-                and c fills, but with whatever was found first: similar shapes, not digits.
+                costs: nothing favours c, and it stays nearly empty. --beta 4 fills it, but not
+                with digits.
     capacity    Both KLs are held at capacities. c must be sure, but nothing says of what.
     clustering  gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be
-                sure of each image, and use all clusters. This says which images belong together,
-                so it finds the digits; beta = 4 makes the decoder draw what c names.
+                sure of each image, and use all clusters. This finds the digits, and a beta of 4
+                has the decoder draw what c names.
 
     Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
-    Dupont 2018, Learning Disentangled Joint Continuous and Discrete Representations,
-        arXiv:1804.00104, equation 7
-    Hu et al. 2017, Learning Discrete Representations via Information Maximizing Self-Augmented
-        Training (IMSAT), arXiv:1702.08720
+    Dupont 2018, Learning Disentangled Joint [...] Representations, arXiv:1804.00104, equation 7
+    Hu et al. 2017, Information Maximizing Self-Augmented Training (IMSAT), arXiv:1702.08720
 
-    python gumbel_vae.py  # a minute on two cores: ACC 0.9847 ± 0.0007, NMI 0.959 ± 0.002 (seeds 0 to 4)
+    python gumbel_vae.py  # a minute on two cores: @@RESULT@@
 """
 import argparse
 import math
@@ -52,7 +50,7 @@ class GumbelVAE(nn.Module):
         self.to_cluster_logits = nn.Linear(h_dim, n_classes)
         self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
         self.to_logits = nn.Linear(h_dim, image_size)
-        # Start from the mean pixel or, better, the mean image: half a nat less after three epochs.
+        # Start from the mean pixel or, better, the mean image: 0.5 nats less after three epochs.
         self.to_logits.bias.data.copy_(torch.logit(torch.as_tensor(mean), eps=1e-3))
 
     def encode(self, x):
@@ -117,15 +115,14 @@ def warp(x, strength=1.0):
     """Tx (N, 784): square images, each a little stretched, slanted, turned, shifted and bent."""
     size, noise = common.side(x), 2 * torch.rand(6, len(x), device=x.device) - 1
     stretch_x, stretch_y, shear, turn, right, down = strength * noise
-    # Stretched by up to 10 %, leaning by up to 25 degrees (15 of them turned), and shifted by up
-    # to a fourteenth of the image (2 pixels of 28).
+    # Stretched by up to 10 %, leaning by up to 25 degrees, shifted by up to 2 pixels of 28.
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)
-    # Bent by random shifts of 0.7 pixels (sd) at 4x4 places. The 16 bumps that spread them are the
-    # same for all images: interpolating each one's own shifts takes more than twice as long.
+    # Bent by random shifts of 0.7 pixels (sd) at 4x4 places, spread by 16 bumps. These are the same
+    # for all images: interpolating each one's own shifts takes more than twice as long.
     bumps = F.interpolate(torch.eye(16, device=x.device).view(16, 1, 4, 4), size=size,
-                          mode="bicubic", align_corners=True).view(16, -1)               # (16, 784)
-    bend = 0.05 * strength * torch.randn(len(x), 2, 16, device=x.device) @ bumps         # (N, 2, 784)
+                          mode="bicubic", align_corners=True).view(16, -1)     # (16, 784)
+    bend = 0.05 * strength * torch.randn(len(x), 2, 16, device=x.device) @ bumps  # (N, 2, 784)
     grid = F.affine_grid(affine, (len(x), 1, size, size), align_corners=False)  # where pixels come
     grid = grid + bend.view(-1, 2, size, size).permute(0, 2, 3, 1)     # from, (N, 28, 28, 2)
     return F.grid_sample(x.view(-1, 1, size, size), grid, align_corners=False).flatten(1)
@@ -135,9 +132,8 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
           objective="clustering", gamma=400.0, tau=0.5, history=None):
     """Minimises reconstruction + beta * KL(z) + what the objective makes of KL(c).
 
-    Returns the history, a list with one dict of metrics per epoch. A list handed in as `history`
-    is continued, so it keeps them even if Ctrl-C ends the training. Raises FloatingPointError if
-    the loss diverges.
+    Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
+    and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
     """
     n, device, history = len(data.x_train), data.x_train.device, [] if history is None else history
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -178,9 +174,9 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
 def evaluate(model, data, seed=0):
     """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
-    Each image has one sampled z and c. Their noise, of a given seed, is the same on every device
-    and for every training. nmi and acc, from 0 to 1, compare the clusters argmax q(c|x) with the
-    labels, which are used here and nowhere else. Raises FloatingPointError if training diverged.
+    Each image has one sampled z and c, by noise that is the same on every device and for every
+    training. nmi and acc, from 0 to 1, compare argmax q(c|x) with the labels, which are used here
+    and nowhere else. Raises FloatingPointError if the training has diverged.
     """
     model.eval()
     generator, total, log_qs = torch.Generator().manual_seed(seed), 0, []
@@ -200,16 +196,15 @@ def evaluate(model, data, seed=0):
     h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()  # log K if all are used equally
     i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c): what c knows of x
     results = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "loss": recon + kl + kl_c}
-    return results if data.y_test is None else {**results, **score(data.y_test, log_q.argmax(1))}
+    if data.y_test is not None:
+        results.update(score(data.y_test.cpu(), log_q.argmax(1).cpu()))
+    return results
 
 
 def score(labels, clusters):
-    """Compares labels (N,) with clusters (N,): NMI, and the accuracy of the best matching.
-
-    One cluster goes to one label (Hungarian method).
-    """
-    counts = contingency_matrix(labels.cpu(), clusters.cpu())
-    return {"nmi": float(normalized_mutual_info_score(labels.cpu(), clusters.cpu())),
+    """NMI of labels and clusters (N,), and accuracy under the best one-to-one matching."""
+    counts = contingency_matrix(labels, clusters)
+    return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
             "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(labels)}
 
 
@@ -218,13 +213,13 @@ def score(labels, clusters):
 @torch.no_grad()
 def draw(model, data, history, setting=""):
     """The pictures of this script: a dict of Figures by name; `setting` ends their titles."""
-    x, name = data.x_test[:12], "cluster"
+    x, draw_classes = data.x_test[:12], common.plot_conditional_generation
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
-    title = f", z ~ N(0, I){setting}"
-    return {"reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
-            "generation": common.plot_conditional_generation(model, standard, title, name=name),
-            "handwriting": common.plot_handwriting(model, x, model.encode(x)[0], setting),
-            "loss": common.plot_curves(history)}
+    return {
+        "reconstruction": common.plot_reconstruction(x, torch.sigmoid(model(x)[0])),
+        "generation": draw_classes(model, standard, f", z ~ N(0, I){setting}", name="cluster"),
+        "handwriting": common.plot_handwriting(model, x, model.encode(x)[0], setting),
+        "loss": common.plot_curves(history)}
 
 
 def options():
