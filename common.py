@@ -78,7 +78,7 @@ def plot_reconstruction(x, probs):
 @torch.no_grad()
 def plot_generation(model, prior, title="samples from the prior", n=64):
     """A Figure with n samples: z from `prior`, a distribution, then p(x|z)'s probabilities."""
-    z = prior.sample((n,))                                             # (n, z_dim)
+    z = prior.sample((n,))  # (n, z_dim)
     return show(torch.sigmoid(model.decode(z)), title, math.ceil(math.sqrt(n)))
 
 
@@ -90,7 +90,7 @@ def decode_classes(model, z):
     """
     y = torch.eye(model.n_classes, device=z.device).repeat(len(z), 1)  # (N * n_classes, n_classes)
     z = z if z.dim() == 3 else z[:, None].expand(-1, model.n_classes, -1)
-    probs = torch.sigmoid(model.decode(z.flatten(0, 1), y))            # (N * n_classes, 784)
+    probs = torch.sigmoid(model.decode(z.flatten(0, 1), y))  # (N * n_classes, 784)
     return probs.view(len(z), model.n_classes, -1)
 
 
@@ -113,7 +113,7 @@ def plot_handwriting(model, x, z, title=""):
     z is the code of x, (N, z_dim), or what it becomes in each class, (N, n_classes, z_dim).
     After Kingma et al. 2014, arXiv:1406.5298, figure 1.
     """
-    rows = torch.cat([x[:, None], decode_classes(model, z)], 1)        # (N, 1 + n_classes, 784)
+    rows = torch.cat([x[:, None], decode_classes(model, z)], 1)  # (N, 1 + n_classes, 784)
     return show(rows.flatten(0, 1), f"given, then all classes{title}", 1 + model.n_classes)
 
 
@@ -122,11 +122,11 @@ def plot_manifold(model, codes, labels=None, n=20):
     """For a two-dimensional z: images decoded over the plane, beside the codes (N, 2) by label."""
     normal = Normal(0.0, 1.0)
     ticks = normal.icdf((torch.arange(n, device=codes.device) + 0.5) / n)  # (n,): equally probable
-    z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)          # (n * n, 2)
+    z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)  # (n * n, 2)
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(tile(torch.sigmoid(model.decode(z)), n), cmap="gray_r", extent=(0, 1, 0, 1))
-    places = normal.cdf(codes).cpu().T.numpy()                         # (2, N)
+    places = normal.cdf(codes).cpu().T.numpy()  # (2, N)
     points = right.scatter(*places, s=2, c=None if labels is None else labels.cpu(), cmap="tab10")
     if labels is not None:
         right.legend(*points.legend_elements(), title="digit", loc="upper right")
@@ -226,7 +226,7 @@ def load_mnist(root="data", device="cpu"):
 def embedded_digits():
     """scikit-learn's 1,797 digits of 8x8 pixels, framed as MNIST's: x, y of both parts."""
     digits = load_digits()
-    x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]       # (1797, 1, 8, 8)
+    x = torch.tensor(digits.images * 255 / 16, dtype=torch.float32)[:, None]  # (1797, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4))[:, 0].byte()
     y, test = torch.tensor(digits.target), torch.arange(len(x)) % 6 == 5
     # Ten copies of the 1,498 training images make an epoch long enough to learn something in.
@@ -277,12 +277,12 @@ def transfer(z, labels, weights, means, covariances):
     z' = mu_k + S_k^(1/2) S_y^(-1/2) (z - mu_y), with the mean and the covariance of each class's
     mixture: standardised in its own class, then coloured in another.
     """
-    mu = (weights[..., None] * means).sum(1)                           # (K, z_dim)
-    offset = means - mu[:, None]                                       # (K, M, z_dim)
-    scatter = covariances + offset[..., None] * offset[..., None, :]   # (K, M, z_dim, z_dim)
+    mu = (weights[..., None] * means).sum(1)  # (K, z_dim)
+    offset = means - mu[:, None]  # (K, M, z_dim)
+    scatter = covariances + offset[..., None] * offset[..., None, :]  # (K, M, z_dim, z_dim)
     values, vectors = torch.linalg.eigh((weights[..., None, None] * scatter).sum(1))
-    root = vectors * values.sqrt()[:, None] @ vectors.mT               # (K, z_dim, z_dim), symmetric
-    standard = torch.linalg.solve(root[labels], z - mu[labels])        # (N, z_dim)
+    root = vectors * values.sqrt()[:, None] @ vectors.mT  # (K, z_dim, z_dim), symmetric
+    standard = torch.linalg.solve(root[labels], z - mu[labels])  # (N, z_dim)
     return mu + torch.einsum("kij,nj->nki", root, standard)
 
 

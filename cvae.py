@@ -49,7 +49,7 @@ class CVAE(nn.Module):
 
     def encode(self, x):
         """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
-        h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
+        h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def decode(self, z, y):
@@ -84,20 +84,20 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=No
     and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
     """
     n, device, history = len(data.x_train), data.x_train.device, [] if history is None else history
-    labels = common.one_hot(data.y_train, model.n_classes)             # (N, n_classes)
+    labels = common.one_hot(data.y_train, model.n_classes)  # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     step, steps = 0, epochs * math.ceil(n / batch_size)
     for epoch in range(1, epochs + 1):
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(batch_size):
-            # In the first 15 % of the steps the learning rate climbs to lr, and the weight of the
-            # KL from 1 to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
+            # For 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1
+            # to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
             climb, fall = min(1, step / (0.15 * steps)), (steps - step) / (0.85 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb + 1 / steps, fall)
             weight = 1 + (beta - 1) * climb
-            x, y = data.x_train[batch], labels[batch]                  # (B, 784), (B, n_classes)
-            logits, mu, log_var = model(x, y)                          # (B, 784), (B, z_dim) twice
+            x, y = data.x_train[batch], labels[batch]  # (B, 784), (B, n_classes)
+            logits, mu, log_var = model(x, y)  # (B, 784), (B, z_dim) twice
             recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
             optimizer.zero_grad()
             (recon + weight * kl).backward()
@@ -120,15 +120,15 @@ def evaluate(model, data, prior=None, seed=0):
     """
     model.eval()
     generator, total = torch.Generator().manual_seed(seed), 0
-    labels = common.one_hot(data.y_test, model.n_classes)              # (N, n_classes)
+    labels = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     for x, y in zip(data.x_test.split(500), labels.split(500)):
-        mu, log_var = model.encode(x)                                  # (B, z_dim), (B, z_dim)
+        mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
         noise = torch.randn(mu.shape, generator=generator).to(mu.device)
-        z = mu + torch.exp(log_var / 2) * noise                        # (B, z_dim)
+        z = mu + torch.exp(log_var / 2) * noise  # (B, z_dim)
         terms = [reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var)]
         if prior is not None:
-            log_standard = Normal(0.0, 1.0).log_prob(z).sum(1)         # (B,)
-            log_prior = prior.log_prob(z[:, None])[y == 1]             # (B,): of each image's class
+            log_standard = Normal(0.0, 1.0).log_prob(z).sum(1)  # (B,)
+            log_prior = prior.log_prob(z[:, None])[y == 1]  # (B,): of each image's class
             terms.append((log_standard - log_prior).mean())  # nats; negative if it fits better
         total += len(x) * torch.stack(terms)
     recon, kl, *change = (total / len(data.x_test)).tolist()
@@ -153,11 +153,11 @@ def fit_prior(model, data, n_components=10):
 
 @torch.no_grad()
 def draw(model, data, fitted, history, setting="", digit=None):
-    """The pictures of this script: a dict of Figures by name; `setting` ends their titles."""
+    """This script's pictures: a dict of Figures by name; `setting` ends their titles."""
     x, y, prior = data.x_test[:12], data.y_test[:12], common.mixture(**fitted)
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
     probs = torch.sigmoid(model(x, common.one_hot(y, model.n_classes))[0])
-    codes = common.transfer(model.encode(x)[0], y, **fitted)           # (12, n_classes, z_dim)
+    codes = common.transfer(model.encode(x)[0], y, **fitted)  # (12, n_classes, z_dim)
     figures = {"reconstruction": common.plot_reconstruction(x, probs),
                "handwriting": common.plot_handwriting(model, x, codes, setting),
                "loss": common.plot_curves(history)}
@@ -171,7 +171,7 @@ def draw(model, data, fitted, history, setting="", digit=None):
 
 
 def options():
-    """The parser of the command line; each option shows its default under --help."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, number = parser.add_argument, common.in_range
@@ -192,7 +192,7 @@ def options():
 
 
 def main(argv=None):
-    """Trains (or loads), evaluates, draws and saves; returns the final test metrics."""
+    """Trains (or loads), evaluates, draws and saves; returns the test metrics."""
     args = options().parse_args(argv)
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
@@ -212,10 +212,10 @@ def main(argv=None):
             train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
                   beta=args.beta, history=history)
         except KeyboardInterrupt:
-            print("\ninterrupted: what was learned is kept; Ctrl-C again quits at once")
+            print("\ninterrupted: what was learned is kept; Ctrl-C again quits")
         checkpoint["state_dict"] = model.state_dict()
-        common.save(out / "cvae.pt", checkpoint)  # at once, so that no later failure loses it
-    if "prior" not in checkpoint:  # trained just now, or saved by a run that ended before the fit
+        common.save(out / "cvae.pt", checkpoint)  # at once: no later failure loses it
+    if "prior" not in checkpoint:  # trained just now, or stopped before the fit
         print("fitting the prior to the codes ...", flush=True)
         checkpoint["prior"] = fit_prior(model, data)
     results = evaluate(model, data, common.mixture(**checkpoint["prior"]))

@@ -1,24 +1,22 @@
 """The Gumbel VAE: beside z a categorical c, with which the model sorts digits without a label.
 
-A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters; q(z|x)
-q(c|x) infers z and c. The Gumbel-softmax draws a one-hot c from q(c|x), and lets the decoder's
-gradient through as if c were soft. c shall name the digit, z the handwriting. The loss is
+A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters: c shall name
+the digit, z the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), and lets the
+decoder's gradient through as if c were soft. The loss is
 
     reconstruction + beta * KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ),
 
 and --objective chooses what becomes of KL(c):
 
-    elbo        It stays; with --beta 1 the loss is the -ELBO. A nat in z costs what a nat in c
-                costs: nothing favours c, and it stays nearly empty. --beta 4 fills it, but not
-                with digits.
+    elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z as in c: nothing
+                favours c, which stays nearly empty. --beta 4 fills it, but not with digits.
     capacity    Both KLs are held at capacities. c must be sure, but nothing says of what.
     clustering  gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be
-                sure of each image, and use all clusters. This finds the digits, and a beta of 4
-                has the decoder draw what c names.
+                sure, and use all clusters. This finds the digits; beta = 4 makes the decoder obey.
 
-    Jang, Gu and Poole 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
-    Dupont 2018, Learning Disentangled Joint [...] Representations, arXiv:1804.00104, equation 7
-    Hu et al. 2017, Information Maximizing Self-Augmented Training (IMSAT), arXiv:1702.08720
+    Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
+    Dupont 2018, arXiv:1804.00104, equation 7 (capacities)
+    Hu et al. 2017, arXiv:1702.08720 (clustering: IMSAT)
 
     python gumbel_vae.py  # a minute on two cores: @@RESULT@@
 """
@@ -55,11 +53,11 @@ class GumbelVAE(nn.Module):
 
     def encode(self, x):
         """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
-        h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
+        h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def cluster(self, x):
-        """x (N, 784) to log q(c|x) (N, n_classes), by a network of its own."""
+        """x (N, 784) to log q(c|x) (N, n_classes)."""
         return F.log_softmax(self.to_cluster_logits(F.relu(self.to_cluster_hidden(x))), dim=1)
 
     def decode(self, z, c):
@@ -69,7 +67,7 @@ class GumbelVAE(nn.Module):
     def forward(self, x, tau=0.5):
         """x to logits, by one sampled z and c each, mu and log_var, and log q(c|x)."""
         (mu, log_var), log_q = self.encode(x), self.cluster(x)
-        c = F.gumbel_softmax(log_q, tau, hard=True)                    # one-hot, with a gradient
+        c = F.gumbel_softmax(log_q, tau, hard=True)  # one-hot, with a gradient
         return self.decode(reparameterize(mu, log_var), c), mu, log_var, log_q
 
 
@@ -94,7 +92,7 @@ def categorical_kl(log_q):
 
 
 def capacity(kl, target, gamma=30.0):
-    """gamma |KL - target|, which pulls a KL to a target, both in nats. Dupont 2018, equation 7."""
+    """gamma |KL - target|, both in nats per image. Dupont 2018, equation 7."""
     return gamma * (kl - target).abs()
 
 
@@ -106,25 +104,24 @@ def clustering(log_q, log_q_warped):
     target = log_q.detach().repeat(len(log_q_warped) // len(log_q), 1)  # x teaches Tx
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
     h_c_given_x = -(log_q.exp() * log_q).sum(1).mean()
-    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))           # (K,): q(c), of this batch
+    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,): q(c), of this batch
     h_c = -(log_marginal.exp() * log_marginal).sum()
     return invariance + 0.1 * h_c_given_x - 0.5 * h_c
 
 
-def warp(x, strength=1.0):
+def warp(x):
     """Tx (N, 784): square images, each a little stretched, slanted, turned, shifted and bent."""
-    size, noise = common.side(x), 2 * torch.rand(6, len(x), device=x.device) - 1
-    stretch_x, stretch_y, shear, turn, right, down = strength * noise
-    # Stretched by up to 10 %, leaning by up to 25 degrees, shifted by up to 2 pixels of 28.
+    size = common.side(x)
+    stretch_x, stretch_y, shear, turn, right, down = 2 * torch.rand(6, len(x), device=x.device) - 1
+    # By up to 10 %, 25 degrees and 2 pixels of 28:
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)
-    # Bent by random shifts of 0.7 pixels (sd) at 4x4 places, spread by 16 bumps. These are the same
-    # for all images: interpolating each one's own shifts takes more than twice as long.
+    # Bent by 16 bumps, each a random shift of 0.7 pixels (sd) at one of 4x4 places:
     bumps = F.interpolate(torch.eye(16, device=x.device).view(16, 1, 4, 4), size=size,
-                          mode="bicubic", align_corners=True).view(16, -1)     # (16, 784)
-    bend = 0.05 * strength * torch.randn(len(x), 2, 16, device=x.device) @ bumps  # (N, 2, 784)
+                          mode="bicubic", align_corners=True).view(16, -1)  # (16, 784)
+    bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device) @ bumps  # (N, 2, 784)
     grid = F.affine_grid(affine, (len(x), 1, size, size), align_corners=False)  # where pixels come
-    grid = grid + bend.view(-1, 2, size, size).permute(0, 2, 3, 1)     # from, (N, 28, 28, 2)
+    grid = grid + bend.view(-1, 2, size, size).permute(0, 2, 3, 1)  # from, (N, 28, 28, 2)
     return F.grid_sample(x.view(-1, 1, size, size), grid, align_corners=False).flatten(1)
 
 
@@ -142,13 +139,13 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(batch_size):
-            # In the first 15 % of the steps the learning rate climbs to lr, and the weight of the
-            # KL from 1 to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
+            # For 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1
+            # to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
             climb, fall = min(1, step / (0.15 * steps)), (steps - step) / (0.85 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb + 1 / steps, fall)
             weight = 1 + (beta - 1) * climb
-            x = data.x_train[batch]                                    # (B, 784)
-            logits, mu, log_var, log_q = model(x, tau)                 # ..., (B, n_classes)
+            x = data.x_train[batch]  # (B, 784)
+            logits, mu, log_var, log_q = model(x, tau)  # ..., (B, n_classes)
             recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
             kl_c = categorical_kl(log_q)
             if objective == "elbo":
@@ -157,7 +154,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
                 progress, most = min(1, 2 * step / steps), math.log(model.n_classes)
                 loss = recon + capacity(kl, 2.0 * progress) + capacity(kl_c, most * progress)
             else:
-                log_q_warped = model.cluster(warp(x.repeat(2, 1)))     # (2 B, n_classes)
+                log_q_warped = model.cluster(warp(x.repeat(2, 1)))  # (2 B, n_classes)
                 loss = recon + weight * kl + gamma * clustering(log_q, log_q_warped)
             optimizer.zero_grad()
             loss.backward()
@@ -175,26 +172,25 @@ def evaluate(model, data, seed=0):
     """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
     Each image has one sampled z and c, by noise that is the same on every device and for every
-    training. nmi and acc, from 0 to 1, compare argmax q(c|x) with the labels, which are used here
-    and nowhere else. Raises FloatingPointError if the training has diverged.
+    training. Labels are used here alone. Raises FloatingPointError if the training has diverged.
     """
     model.eval()
     generator, total, log_qs = torch.Generator().manual_seed(seed), 0, []
     for x in data.x_test.split(500):
-        (mu, log_var), log_q = model.encode(x), model.cluster(x)       # ..., (B, n_classes)
+        (mu, log_var), log_q = model.encode(x), model.cluster(x)  # ..., (B, n_classes)
         noise = torch.randn(mu.shape, generator=generator).to(mu.device)
-        z = mu + torch.exp(log_var / 2) * noise                        # (B, z_dim)
+        z = mu + torch.exp(log_var / 2) * noise  # (B, z_dim)
         gumbel = -torch.empty(log_q.shape).exponential_(generator=generator).log()
         c = (log_q + gumbel.to(mu.device)).argmax(1)  # exact samples: the Gumbel-max trick
-        logits = model.decode(z, common.one_hot(c, model.n_classes))   # (B, 784)
+        logits = model.decode(z, common.one_hot(c, model.n_classes))  # (B, 784)
         total += len(x) * torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)])
         log_qs.append(log_q)
-    log_q = torch.cat(log_qs)                                          # (N, n_classes)
+    log_q = torch.cat(log_qs)  # (N, n_classes)
     recon, kl, kl_c = *(total / len(log_q)).tolist(), categorical_kl(log_q).item()
     if not math.isfinite(recon + kl + kl_c):
         raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
-    h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()  # log K if all are used equally
-    i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c): what c knows of x
+    h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()
+    i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c)
     results = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "loss": recon + kl + kl_c}
     if data.y_test is not None:
         results.update(score(data.y_test.cpu(), log_q.argmax(1).cpu()))
@@ -212,7 +208,7 @@ def score(labels, clusters):
 
 @torch.no_grad()
 def draw(model, data, history, setting=""):
-    """The pictures of this script: a dict of Figures by name; `setting` ends their titles."""
+    """This script's pictures: a dict of Figures by name; `setting` ends their titles."""
     x, draw_classes = data.x_test[:12], common.plot_conditional_generation
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
     return {
@@ -223,7 +219,7 @@ def draw(model, data, history, setting=""):
 
 
 def options():
-    """The parser of the command line; each option shows its default under --help."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, number = parser.add_argument, common.in_range
@@ -241,14 +237,14 @@ def options():
     add("--load", metavar="FILE", help="a checkpoint to redraw instead of training")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="what becomes of KL(c)")
-    add("--gamma", type=number(float, 0, 1e6), default=400.0, help="weight of the clustering")
+    add("--gamma", type=number(float, 0, 1e6), default=400.0, help="weight of clustering")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature of gumbel_softmax")
     add("--n-classes", type=number(int, 2, 100), default=10, help="number of clusters")
     return parser
 
 
 def main(argv=None):
-    """Trains (or loads), evaluates, draws and saves; returns the final test metrics."""
+    """Trains (or loads), evaluates, draws and saves; returns the test metrics."""
     args = options().parse_args(argv)
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
@@ -269,9 +265,9 @@ def main(argv=None):
                   beta=args.beta, objective=args.objective, gamma=args.gamma, tau=args.tau,
                   history=history)
         except KeyboardInterrupt:
-            print("\ninterrupted: what was learned is kept; Ctrl-C again quits at once")
+            print("\ninterrupted: what was learned is kept; Ctrl-C again quits")
         checkpoint["state_dict"] = model.state_dict()
-        common.save(out / "gumbel_vae.pt", checkpoint)  # at once, so that no later failure loses it
+        common.save(out / "gumbel_vae.pt", checkpoint)  # at once: no later failure loses it
     results = evaluate(model, data)
     results["train_seconds"] = sum(epoch["seconds"] for epoch in history)
     print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))

@@ -122,10 +122,9 @@ def test_score_matches_clusters_to_labels_one_to_one():
 
 
 @pytest.mark.parametrize("size", [28, 14])
-def test_a_warp_moves_the_ink_a_little_in_any_direction_and_without_strength_not_at_all(size):
+def test_a_warp_moves_the_ink_a_little_in_any_direction(size):
     scale = size // 14  # ink around row 14, column 10 of 28
     x = F.pad(torch.ones(500, 2 * scale, 2 * scale), [n * scale for n in (4, 8, 6, 6)])
-    assert_close(gumbel_vae.warp(x.flatten(1), strength=0), x.flatten(1), atol=1e-4, rtol=0)
     torch.manual_seed(0)
     warped = gumbel_vae.warp(x.flatten(1)).view(x.shape)
     ink = warped.sum((1, 2))
@@ -309,7 +308,7 @@ def test_transfer_gives_every_class_its_mean_and_covariance_and_its_own_code_bac
     z, labels = torch.randn(6000, 2), torch.arange(6000) % 3
     z = z * torch.tensor([1.0, 3.0]) + labels[:, None] * torch.tensor([2.0, 0.5]) * (1 + z)
     fitted = common.fit_mixtures(z, labels, 3, n_components=2)
-    moved = common.transfer(z, labels, **fitted)                       # (6000, 3, 2)
+    moved = common.transfer(z, labels, **fitted)  # (6000, 3, 2)
     assert_close(moved[range(6000), labels], z, atol=1e-3, rtol=1e-3)
     for k in range(3):  # the codes of class 0, moved to k, are distributed as k's own
         own, came = z[labels == k], moved[labels == 0, k]
@@ -530,8 +529,8 @@ class Toy(torch.nn.Module):
 def test_conditional_generation_has_a_class_per_row_and_one_z_per_column_or_per_image():
     for prior in D.Normal(torch.zeros(2), 1.0), D.Normal(torch.zeros(4, 2), 1.0):
         torch.manual_seed(0)
-        z = prior.sample((9,))[..., 0].view(9, -1)                     # (9, 1) or (9, 4)
-        tones = torch.sigmoid(z + torch.arange(4)).T                   # (4, 9)
+        z = prior.sample((9,))[..., 0].view(9, -1)  # (9, 1) or (9, 4)
+        tones = torch.sigmoid(z + torch.arange(4)).T  # (4, 9)
         for digit, expected in (None, tones), (2, tones[2].view(3, 3)):
             torch.manual_seed(0)
             figure = common.plot_conditional_generation(Toy(), prior, n=9, digit=digit)

@@ -1,16 +1,15 @@
 """The variational auto-encoder (VAE): digits with hidden causes, learned by maximising the ELBO.
 
-A digit x is drawn by p(x, z) = p(z) p(x|z): the code z ~ N(0, I) has 20 numbers, and a decoder
-network turns it into 784 Bernoulli probabilities, one per pixel. The posterior p(z|x) is out of
-reach, so an encoder network approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))). Both are
-trained to maximise the evidence lower bound (ELBO),
+A digit x is drawn by p(x, z) = p(z) p(x|z): a decoder network turns the code z ~ N(0, I), of 20
+numbers, into 784 Bernoulli probabilities, one per pixel. The posterior p(z|x) is out of reach, so
+an encoder network approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))). Both are trained to
+maximise the evidence lower bound (ELBO),
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) ),
 
-that is, to minimise -ELBO = reconstruction + KL, here in nats per image. (MNIST's pixels are grey:
-x stands for any black-and-white image drawn from them.) The codes of real digits do not cover
-N(0, I), so samples from it often are not digits. After training, a mixture of Gaussians fitted to
-the codes takes its place.
+that is, to minimise -ELBO = reconstruction + KL, in nats per image. The codes of real digits do not
+cover N(0, I), so samples from it often are not digits. After training, a mixture of Gaussians
+fitted to the codes takes its place.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
@@ -46,7 +45,7 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
-        h = F.relu(self.to_hidden(x))                                  # (N, h_dim)
+        h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def decode(self, z):
@@ -87,13 +86,13 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=1.0, history=Non
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(batch_size):
-            # In the first 15 % of the steps the learning rate climbs to lr, and the weight of the
-            # KL from 1 to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
+            # For 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1
+            # to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
             climb, fall = min(1, step / (0.15 * steps)), (steps - step) / (0.85 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb + 1 / steps, fall)
             weight = 1 + (beta - 1) * climb
-            x = data.x_train[batch]                                    # (B, 784)
-            logits, mu, log_var = model(x)                             # (B, 784), (B, z_dim) twice
+            x = data.x_train[batch]  # (B, 784)
+            logits, mu, log_var = model(x)  # (B, 784), (B, z_dim) twice
             recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
             optimizer.zero_grad()
             (recon + weight * kl).backward()
@@ -117,9 +116,9 @@ def evaluate(model, data, prior=None, seed=0):
     model.eval()
     generator, total = torch.Generator().manual_seed(seed), 0
     for x in data.x_test.split(500):
-        mu, log_var = model.encode(x)                                  # (B, z_dim), (B, z_dim)
+        mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
         noise = torch.randn(mu.shape, generator=generator).to(mu.device)
-        z = mu + torch.exp(log_var / 2) * noise                        # (B, z_dim)
+        z = mu + torch.exp(log_var / 2) * noise  # (B, z_dim)
         terms = [reconstruction(model.decode(z), x), gaussian_kl(mu, log_var)]
         if prior is not None:
             log_standard, log_prior = Normal(0.0, 1.0).log_prob(z).sum(1), prior.log_prob(z)  # (B,)
@@ -147,7 +146,7 @@ def fit_prior(model, data, n_components=100):
 
 @torch.no_grad()
 def draw(model, data, fitted, history, setting=""):
-    """The pictures of this script: a dict of Figures by name; `setting` ends their titles."""
+    """This script's pictures: a dict of Figures by name; `setting` ends their titles."""
     x, prior = data.x_test[:12], common.mixture(**fitted)
     standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
     figures = {
@@ -156,13 +155,13 @@ def draw(model, data, fitted, history, setting=""):
         "fitted": common.plot_generation(model, prior, f"z ~ fitted prior{setting}"),
         "loss": common.plot_curves(history)}
     if model.z_dim == 2:  # the whole latent space fits on a page
-        codes = reparameterize(*model.encode(data.x_test))             # (N, 2)
+        codes = reparameterize(*model.encode(data.x_test))  # (N, 2)
         figures["manifold"] = common.plot_manifold(model, codes, data.y_test)
     return figures
 
 
 def options():
-    """The parser of the command line; each option shows its default under --help."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, number = parser.add_argument, common.in_range
@@ -182,7 +181,7 @@ def options():
 
 
 def main(argv=None):
-    """Trains (or loads), evaluates, draws and saves; returns the final test metrics."""
+    """Trains (or loads), evaluates, draws and saves; returns the test metrics."""
     args = options().parse_args(argv)
     out = common.writable_folder(args.out)
     data = common.load_mnist(args.data, args.device)
@@ -202,10 +201,10 @@ def main(argv=None):
             train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
                   beta=args.beta, history=history)
         except KeyboardInterrupt:
-            print("\ninterrupted: what was learned is kept; Ctrl-C again quits at once")
+            print("\ninterrupted: what was learned is kept; Ctrl-C again quits")
         checkpoint["state_dict"] = model.state_dict()
-        common.save(out / "vae.pt", checkpoint)  # at once, so that no later failure loses it
-    if "prior" not in checkpoint:  # trained just now, or saved by a run that ended before the fit
+        common.save(out / "vae.pt", checkpoint)  # at once: no later failure loses it
+    if "prior" not in checkpoint:  # trained just now, or stopped before the fit
         print("fitting the prior to the codes ...", flush=True)
         checkpoint["prior"] = fit_prior(model, data)
     results = evaluate(model, data, common.mixture(**checkpoint["prior"]))
