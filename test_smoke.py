@@ -578,7 +578,7 @@ def test_every_snippet_in_the_readme_runs_in_order(tmp_path, data_folder, monkey
     histories, scope = [], {}
     for snippet in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(snippet, scope)
-        histories += [scope["history"]] if "history" in scope else []
+        histories += [[*scope["history"]]]
     length = len(histories[0])  # the notebook trains as the script does
     assert histories[0][-1]["loss"] == vae.main(["--epochs", str(length)])["loss"]
 
