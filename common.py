@@ -120,20 +120,19 @@ def plot_handwriting(model, x, z, title=""):
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=20):
     """For a two-dimensional z: images decoded over the plane, beside the codes (N, 2) by label."""
-    normal = Normal(0.0, 1.0)
+    normal, name = Normal(0.0, 1.0), "quantile of N(0, 1) at the {} number of z"
     ticks = normal.icdf((torch.arange(n, device=codes.device) + 0.5) / n)  # (n,): equally probable
     z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)  # (n * n, 2)
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(tile(torch.sigmoid(model.decode(z)), n), cmap="gray_r", extent=(0, 1, 0, 1))
-    places = normal.cdf(codes).cpu().T.numpy()  # (2, N)
-    points = right.scatter(*places, s=2, c=None if labels is None else labels.cpu(), cmap="tab10")
+    colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
+    points = right.scatter(*normal.cdf(codes).cpu().T.numpy(), s=2, **colours)
     if labels is not None:
         right.legend(*points.legend_elements(), title="digit", loc="upper right")
     for axes, title in (left, "images decoded from z"), (right, "codes z of test images"):
         axes.set(title=title, xlim=(0, 1), ylim=(0, 1), aspect="equal",
-                 xlabel="first number of z, as its quantile under N(0, 1)",
-                 ylabel="second number of z, as its quantile under N(0, 1)")
+                 xlabel=name.format("first"), ylabel=name.format("second"))
     return figure
 
 
@@ -144,12 +143,13 @@ def plot_curves(history):
     figure = Figure(figsize=(3 * len(panels) + 1, 3), layout="constrained")
     for place, names in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place, title=names, xlabel="epoch")
-        score = names == "nmi, acc"
-        start = 1 if len(history) > 1 and not score else 0
+        first = 1 if len(history) > 1 and names != "nmi, acc" else 0
         for name in names.split(", "):
-            values = [epoch[name] for epoch in history]
-            axes.plot(range(start + 1, len(values) + 1), values[start:], ".-", label=name)
-        axes.set(ylabel="test set" if score else "nats per image", ylim=(0, 1.02) if score else None)
+            values = [epoch[name] for epoch in history[first:]]
+            axes.plot(range(first + 1, len(history) + 1), values, ".-", label=name)
+        axes.set_ylabel("test set" if names == "nmi, acc" else "nats per image")
+        if names == "nmi, acc":
+            axes.set_ylim(0, 1.02)  # a line at 1 does not touch the frame
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.legend()
     return figure

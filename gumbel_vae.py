@@ -15,8 +15,8 @@ and --objective chooses what becomes of KL(c):
                 sure, and use all clusters. This finds the digits; beta = 4 makes the decoder obey.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
-    Dupont 2018, arXiv:1804.00104, equation 7 (capacities)
-    Hu et al. 2017, arXiv:1702.08720 (clustering: IMSAT)
+    Dupont 2018, arXiv:1804.00104, equation 7
+    Hu et al. 2017, arXiv:1702.08720 (IMSAT)
 
     python gumbel_vae.py  # a minute on two cores: @@RESULT@@
 """
@@ -99,7 +99,7 @@ def capacity(kl, target, gamma=30.0):
 def clustering(log_q, log_q_warped):
     """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c): a scalar in nats. After Hu et al. 2017.
 
-    log_q (N, K) is log q(c|x), and log_q_warped (M N, K) is log q(c|Tx) for M warps of all images.
+    log_q (N, K) is log q(c|x), log_q_warped (M N, K) log q(c|Tx) of M warps of all images.
     """
     target = log_q.detach().repeat(len(log_q_warped) // len(log_q), 1)  # x teaches Tx
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
@@ -160,7 +160,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl + kl_c).detach() * len(x)  # stays on the device: no step waits
+            total += (recon + kl + kl_c).detach() * len(x)
         metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         common.log_epoch(epoch, history[-1])

@@ -114,6 +114,17 @@ def test_clustering_is_made_of_entropies_and_a_divergence_of_torch_distributions
     assert_close(*gradients)
 
 
+def test_evaluate_scores_the_clusters_against_the_labels(data):
+    model = gumbel_vae.GumbelVAE()
+    sure = (100 * common.one_hot((data.y_test + 3) % 10)).log_softmax(1)
+    model.cluster = lambda x: sure  # all 64 at once
+    results = gumbel_vae.evaluate(model, data)
+    entropy = D.Categorical(torch.bincount(data.y_test) / 64).entropy().item()
+    assert results["nmi"] == results["acc"] == pytest.approx(1)
+    assert results["i_c"] == pytest.approx(entropy, abs=1e-4)
+    assert results["kl_c"] == pytest.approx(math.log(10), abs=1e-4)
+
+
 def test_score_matches_clusters_to_labels_one_to_one():
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
     assert gumbel_vae.score(labels, (labels + 1) % 3) == {"nmi": 1.0, "acc": 1.0}
@@ -285,14 +296,16 @@ def test_the_fitted_prior_finds_a_known_mixture_at_any_scale(scale):
     torch.manual_seed(0)
     means = scale * torch.tensor([[-7.0, 0.0], [-2.0, 5.0], [7.0, 0.0]])
     covariances = scale**2 * torch.tensor([0.1, 0.2, 1.0])[:, None, None] * torch.eye(2)
-    truth = common.mixture(torch.tensor([0.2, 0.3, 0.5]), means, covariances)
+    truth = D.MixtureSameFamily(D.Categorical(probs=torch.tensor([0.05, 0.15, 0.8])),
+                                D.MultivariateNormal(means, covariances))
     z = truth.sample((20000,))
     fitted = common.mixture(**common.fit_mixtures(z, n_components=3))
     best = truth.log_prob(z).mean().item()
     assert fitted.log_prob(z).mean() == pytest.approx(best, abs=0.01)
     labels = (z[:, 0] > 0).long()  # class 0 holds the first two Gaussians, class 1 the third
     fitted = common.mixture(**common.fit_mixtures(z, labels, 2, n_components=1))
-    assert_close(fitted.mean, torch.stack([z[labels == k].mean(0) for k in range(2)]))
+    expected = torch.stack([z[labels == k].mean(0) for k in range(2)])
+    assert_close(fitted.mean, expected, atol=1e-4 * scale, rtol=1e-4)
     line = z[:1000, :1] * torch.arange(1.0, 6.0) + 1e-6 * scale * torch.randn(1000, 5)
     assert common.mixture(**common.fit_mixtures(line)).log_prob(line).isfinite().all()
 
@@ -381,6 +394,12 @@ def test_make_data_takes_arrays_and_tensors_of_bytes_or_floats():
     assert_close(data.x_train, data.x_test)
     assert data.x_test.dtype == torch.float32 and data.y_train.dtype == torch.int64
     assert data.y_test is None and data.source == "mine"
+
+
+def test_load_mnist_gives_the_bytes_of_the_files_divided_by_255(data, data_folder):
+    content = (data_folder / "MNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]
+    expected = torch.tensor(list(content)).view(256, 784) / 255
+    assert_close(data.x_train, expected)
 
 
 @pytest.mark.parametrize("change, says", [
@@ -536,6 +555,24 @@ def test_conditional_generation_has_a_class_per_row_and_one_z_per_column_or_per_
             figure = common.plot_conditional_generation(Toy(), prior, n=9, digit=digit)
             assert_close(pixels(figure)[::28, ::28], expected)
     assert figure._repr_png_().startswith(b"\x89PNG")  # so a notebook can show it
+
+
+def test_each_picture_has_the_codes_that_its_title_names(data):
+    torch.manual_seed(0)
+    model = vae.VAE(z_dim=2)
+    model.decode = lambda z: z[:, :1].expand(-1, 784)  # an image tells its z
+    fitted = {"weights": torch.tensor([0.9, 0.1]), "means": torch.tensor([[6.0, 0], [-6.0, 0]]),
+              "covariances": 0.01 * torch.eye(2).repeat(2, 1, 1)}
+    figures = vae.draw(model, data, fitted, [], ", mine")
+    shares = {name: (pixels(figures[name])[::28, ::28] > 0.99).float().mean()
+              for name in ("generation", "fitted")}
+    assert shares["generation"] < 0.05 and 0.75 < shares["fitted"] < 0.99
+    redrawn = pixels(figures["reconstruction"])
+    assert_close(redrawn[:28], data.x_test[:12].view(12, 28, 28).transpose(0, 1).reshape(28, -1))
+    assert not torch.allclose(redrawn[:28], redrawn[28:], atol=0.1)
+    assert figures["fitted"].axes[0].get_title("left") == "z ~ fitted prior, mine"
+    plane = pixels(figures["manifold"])
+    assert plane[0, 0] < plane[0, -1] and plane[0, 0] == plane[-1, 0]  # z[0] grows to the right
 
 
 def test_handwriting_shows_each_image_then_its_code_in_every_class():
