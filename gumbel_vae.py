@@ -18,7 +18,7 @@ and --objective chooses what becomes of KL(c):
     Dupont 2018, arXiv:1804.00104, equation 7
     Hu et al. 2017, arXiv:1702.08720 (IMSAT)
 
-    python gumbel_vae.py  # a minute or two on two cores: ACC 0.984 ± 0.001, NMI 0.959 ± 0.002
+    python gumbel_vae.py  # two minutes on two cores: ACC 0.984 ± 0.001, NMI 0.959 ± 0.002
 """
 import argparse
 import math
@@ -87,7 +87,7 @@ def gaussian_kl(mu, log_var):
 
 
 def categorical_kl(log_q):
-    """KL(q(c|x) || uniform) = log K - H(c|x) of log_q (N, K): averaged over images; nats."""
+    """KL(q(c|x) || uniform) of log_q (N, K): averaged over images; nats."""
     return math.log(log_q.shape[1]) + (log_q.exp() * log_q).sum(1).mean()
 
 
@@ -104,7 +104,7 @@ def clustering(log_q, log_q_warped):
     target = log_q.detach().repeat(len(log_q_warped) // len(log_q), 1)  # x teaches Tx
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
     h_c_given_x = -(log_q.exp() * log_q).sum(1).mean()
-    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,): q(c), of this batch
+    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,): of this batch
     h_c = -(log_marginal.exp() * log_marginal).sum()
     return invariance + 0.1 * h_c_given_x - 0.5 * h_c
 
@@ -116,7 +116,7 @@ def warp(x):
     # By up to 10 %, 25 degrees and 2 pixels of 28:
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * shear - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(-1, 2, 3)
-    # Bent by 16 bumps, each a random shift of 0.7 pixels (sd) at one of 4x4 places:
+    # Bent by random shifts of 0.7 pixels (sd) at 4x4 places:
     bumps = F.interpolate(torch.eye(16, device=x.device).view(16, 1, 4, 4), size=size,
                           mode="bicubic", align_corners=True).view(16, -1)  # (16, 784)
     bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device) @ bumps  # (N, 2, 784)
@@ -171,8 +171,8 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
 def evaluate(model, data, seed=0):
     """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
-    Each image has one sampled z and c, by noise that is the same on every device and for every
-    training. Labels are used here alone. Raises FloatingPointError if the training has diverged.
+    Each image has one sampled z and c, by the same noise on every device and for every training.
+    Labels are used here alone. Raises FloatingPointError if the training has diverged.
     """
     model.eval()
     generator, total, log_qs = torch.Generator().manual_seed(seed), 0, []
@@ -181,7 +181,7 @@ def evaluate(model, data, seed=0):
         noise = torch.randn(mu.shape, generator=generator).to(mu.device)
         z = mu + torch.exp(log_var / 2) * noise  # (B, z_dim)
         gumbel = -torch.empty(log_q.shape).exponential_(generator=generator).log()
-        c = (log_q + gumbel.to(mu.device)).argmax(1)  # exact samples: the Gumbel-max trick
+        c = (log_q + gumbel.to(mu.device)).argmax(1)  # the Gumbel-max trick
         logits = model.decode(z, common.one_hot(c, model.n_classes))  # (B, 784)
         total += len(x) * torch.stack([reconstruction(logits, x), gaussian_kl(mu, log_var)])
         log_qs.append(log_q)
