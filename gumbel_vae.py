@@ -10,7 +10,7 @@ and --objective chooses what becomes of KL(c):
 
     elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z as in c: nothing
                 favours c, which stays nearly empty. --beta 4 fills it, but not with digits.
-    capacity    Both KLs are held at capacities. c must be sure, but nothing says of what.
+    capacity    Both KLs are pulled to capacities. c must be sure, but of what?
     clustering  gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be
                 sure, and use all clusters. This finds the digits; beta = 4 makes the decoder obey.
 
@@ -18,7 +18,7 @@ and --objective chooses what becomes of KL(c):
     Dupont 2018, arXiv:1804.00104, equation 7
     Hu et al. 2017, arXiv:1702.08720 (IMSAT)
 
-    python gumbel_vae.py  # two minutes on two cores: ACC 0.984 ± 0.001, NMI 0.959 ± 0.002
+    python gumbel_vae.py  # 80 seconds on two cores: ACC 0.984 ± 0.001, NMI 0.959 ± 0.002
 """
 import argparse
 import math
@@ -99,7 +99,7 @@ def capacity(kl, target, gamma=30.0):
 def clustering(log_q, log_q_warped):
     """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c): a scalar in nats. After Hu et al. 2017.
 
-    log_q (N, K) is log q(c|x), log_q_warped (M N, K) log q(c|Tx) of M warps of all images.
+    log_q (N, K): log q(c|x); log_q_warped (M N, K): log q(c|Tx) for M warps of each.
     """
     target = log_q.detach().repeat(len(log_q_warped) // len(log_q), 1)  # x teaches Tx
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
@@ -121,13 +121,13 @@ def warp(x):
                           mode="bicubic", align_corners=True).view(16, -1)  # (16, 784)
     bend = 0.05 * torch.randn(len(x), 2, 16, device=x.device) @ bumps  # (N, 2, 784)
     grid = F.affine_grid(affine, (len(x), 1, size, size), align_corners=False)  # where pixels come
-    grid = grid + bend.view(-1, 2, size, size).permute(0, 2, 3, 1)  # from, (N, 28, 28, 2)
+    grid = grid + bend.view(-1, 2, size, size).permute(0, 2, 3, 1)  # from
     return F.grid_sample(x.view(-1, 1, size, size), grid, align_corners=False).flatten(1)
 
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
           objective="clustering", gamma=400.0, tau=0.5, history=None):
-    """Minimises reconstruction + beta * KL(z) + what the objective makes of KL(c).
+    """Minimises reconstruction + beta * KL(z) + the objective's term.
 
     Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
     and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
@@ -172,7 +172,7 @@ def evaluate(model, data, seed=0):
     """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
 
     Each image has one sampled z and c, by the same noise on every device and for every training.
-    Labels are used here alone. Raises FloatingPointError if the training has diverged.
+    Labels are used here only. Raises FloatingPointError if the training has diverged.
     """
     model.eval()
     generator, total, log_qs = torch.Generator().manual_seed(seed), 0, []
