@@ -173,7 +173,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
             raise ValueError(f"x_{part} goes from {low:g} to {high:g} as {x.dtype}; give integers "
                              "from 0 to 255, or floats from 0 to 1 of which none is nan")
         x = x.flatten(1).float()
-        tensors += [x / 255 if whole else x, None]
+        tensors += [x.div_(255) if whole else x, None]  # in place: of a copy
         if y is not None:
             y = torch.as_tensor(y, device=device)
             if y.shape != (len(x),) or y.is_floating_point() or y.is_complex():

@@ -238,8 +238,8 @@ def options():
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="what becomes of KL(c)")
     add("--gamma", type=number(float, 0, 1e6), default=400.0, help="weight of clustering")
-    add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature of gumbel_softmax")
-    add("--n-classes", type=number(int, 2, 100), default=10, help="number of clusters")
+    add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature")
+    add("--n-classes", type=number(int, 2, 100), default=10, help="clusters")
     return parser
 
 
