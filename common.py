@@ -122,7 +122,7 @@ def plot_manifold(model, codes, labels=None, n=20):
     """For a two-dimensional z: images decoded over the plane, beside the codes (N, 2) by label."""
     normal, name = Normal(0.0, 1.0), "quantile of N(0, 1) at the {} number of z"
     ticks = normal.icdf((torch.arange(n, device=codes.device) + 0.5) / n)  # (n,): equally probable
-    z = torch.stack([ticks.repeat(n), ticks.flip(0).repeat_interleave(n)], 1)  # (n * n, 2)
+    z = torch.cartesian_prod(ticks.flip(0), ticks).flip(1)  # (n * n, 2): by rows, from the top
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(tile(torch.sigmoid(model.decode(z)), n), cmap="gray_r", extent=(0, 1, 0, 1))
@@ -137,19 +137,18 @@ def plot_manifold(model, codes, labels=None, n=20):
 
 
 def plot_curves(history):
-    """A Figure of the metrics by epoch, without the first one's losses, which dwarf the rest."""
-    panels = ["train, loss", "recon", "kl", "kl_c, i_c", "nmi, acc"]
-    panels = [names for names in panels if history and names.split(", ")[-1] in history[0]]
-    figure = Figure(figsize=(3 * len(panels) + 1, 3), layout="constrained")
+    """A Figure of the metrics by epoch, without the first one, whose losses dwarf the rest."""
+    panels = [["train", "loss"], ["recon"], ["kl"], ["kl_c", "i_c"], ["nmi", "acc"]]
+    panels = [names for names in panels if history and names[-1] in history[0]]
+    figure, first = Figure(figsize=(3 * len(panels) + 1, 3), layout="constrained"), len(history) > 1
     for place, names in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place, title=names, xlabel="epoch")
-        first = 1 if len(history) > 1 and names != "nmi, acc" else 0
-        for name in names.split(", "):
-            values = [epoch[name] for epoch in history[first:]]
-            axes.plot(range(first + 1, len(history) + 1), values, ".-", label=name)
-        axes.set_ylabel("test set" if names == "nmi, acc" else "nats per image")
-        if names == "nmi, acc":
-            axes.set_ylim(0, 1.02)  # a line at 1 does not touch the frame
+        axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
+        values = [[epoch[name] for name in names] for epoch in history]
+        axes.plot(range(1 + first, 1 + len(history)), values[first:], ".-", label=names)
+        if "acc" in names:
+            axes.set(ylabel="test set", ylim=(0, 1.02))  # a line at 1 does not touch the frame
+        else:
+            axes.set(ylabel="nats per image")
         axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.legend()
     return figure
@@ -165,24 +164,24 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     for part, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x = torch.as_tensor(x, device=device)
         if x.dim() not in (2, 3) or not x.numel():
-            raise ValueError(f"x_{part} has the shape {tuple(x.shape)}; give at least one image, "
-                             "and all of them in grey, as (N, H, W) or (N, H*W)")
-        whole = not x.is_floating_point() and x.dtype != torch.bool
-        low, high = x.min().item(), x.max().item()
-        if not (0 <= low <= high <= (255 if whole else 1)) or whole and high == 1:
+            raise ValueError(f"x_{part} has the shape {tuple(x.shape)}; give grey images, and at "
+                             "least one, as (N, H, W) or (N, H*W)")
+        low, high, most = x.min().item(), x.max().item(), 1 if x.is_floating_point() else 255
+        if not 0 <= low <= high <= most or most == 255 and high == 1:
             raise ValueError(f"x_{part} goes from {low:g} to {high:g} as {x.dtype}; give integers "
                              "from 0 to 255, or floats from 0 to 1 of which none is nan")
         x = x.flatten(1).float()
-        tensors += [x.div_(255) if whole else x, None]  # in place: of a copy
+        tensors += [x if most == 1 else x.div_(255), None]  # in place: of a copy
         if y is not None:
             y = torch.as_tensor(y, device=device)
-            if y.shape != (len(x),) or y.is_floating_point() or y.is_complex():
+            if y.shape != (len(x),) or y.is_floating_point():
                 raise ValueError(f"y_{part} has the shape {tuple(y.shape)} and {y.dtype} for "
                                  f"{len(x)} images; give one integer an image, or None")
             tensors[-1] = y.long()
-    if tensors[0].shape[1] != tensors[2].shape[1]:
-        raise ValueError(f"x_train has {tensors[0].shape[1]} pixels an image, x_test "
-                         f"{tensors[2].shape[1]}; bring them to one size")
+    sizes = [x.shape[1] for x in tensors[::2]]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"x_train has {sizes[0]} pixels an image, x_test {sizes[1]}; "
+                         "bring them to one size")
     return Data(*tensors, source)
 
 
@@ -192,26 +191,27 @@ def load_mnist(root="data", device="cpu"):
     Without a network, scikit-learn's digits serve, with a warning. Raises OSError if `root` cannot
     be used, or its files are damaged.
     """
-    MNIST, folder = torchvision.datasets.MNIST, Path(root) / "MNIST" / "raw"
-    names, timeout = [Path(name).stem for name, _ in MNIST.resources], socket.getdefaulttimeout()
-    if not all((folder / name).exists() for name in names):
+    MNIST, folder = torchvision.datasets.MNIST, Path(root) / "MNIST/raw"
+    files = [folder / Path(name).stem for name, _ in MNIST.resources]
+    if not all(file.exists() for file in files):
         writable_folder(folder)
+        usual = socket.getdefaulttimeout()
         try:  # in a folder of our own, so that several runs can start at once
             socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang us
             with tempfile.TemporaryDirectory(dir=root) as scratch:
-                shutil.copytree(folder, Path(scratch) / "MNIST" / "raw")  # archives may be here
+                shutil.copytree(folder, Path(scratch) / "MNIST/raw")  # archives may be here
                 MNIST(scratch, download=True)
-                for name in names:
-                    (Path(scratch) / "MNIST" / "raw" / name).replace(folder / name)
+                for file in files:
+                    (Path(scratch) / "MNIST/raw" / file.name).replace(file)
         except Exception as error:  # torchvision raises all sorts of them
-            if not all((folder / name).exists() for name in names):  # nor has another run got them
+            if not all(file.exists() for file in files):  # nor has another run got them meanwhile
                 reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
                 source = "scikit-learn's 8x8 digits (NOT MNIST)"
                 print(f"WARNING: MNIST is not in {folder} and could not be downloaded ({reason}); "
                       f"using {source} instead")
                 return make_data(*embedded_digits(), source, device)
         finally:
-            socket.setdefaulttimeout(timeout)
+            socket.setdefaulttimeout(usual)
     try:
         parts = [MNIST(root, train) for train in (True, False)]
         if any(part.data.shape[1:] != (28, 28) or part.targets.max() > 9 for part in parts):
@@ -258,11 +258,11 @@ def fit_mixtures(z, labels=None, n_classes=1, n_components=10):
     seed, floor = torch.randint(2**31 - 1, ()).item(), 1e-5 * z.var().item()
     fits = [GaussianMixture(n_components, tol=1.0, reg_covar=floor, random_state=seed)
             .fit(codes.cpu().numpy()) for codes in groups]
-    found = {}
-    for name in "weights", "means", "covariances":
-        values = np.stack([getattr(fit, f"{name}_") for fit in fits])
-        found[name] = torch.as_tensor(values, dtype=z.dtype, device=z.device)
-    found["covariances"] = (found["covariances"] + found["covariances"].mT) / 2  # undo rounding
+    weights, means, covariances = (  # weights (n_classes, M) and so on
+        torch.as_tensor(np.stack([getattr(fit, name) for fit in fits])).to(z)
+        for name in ("weights_", "means_", "covariances_"))
+    covariances = (covariances + covariances.mT) / 2  # undo rounding
+    found = {"weights": weights, "means": means, "covariances": covariances}
     return found if labels is not None else {name: value[0] for name, value in found.items()}
 
 
@@ -338,9 +338,8 @@ def load_checkpoint(path, model_class, device="cpu"):
     """(model, checkpoint) from a script's file, on the device; OSError if it is not such a file."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        sizes = inspect.signature(model_class).parameters
-        chosen = {name: value for name, value in checkpoint["args"].items() if name in sizes}
-        model = model_class(**chosen)
+        sizes = inspect.signature(model_class).parameters.keys() & checkpoint["args"].keys()
+        model = model_class(**{name: checkpoint["args"][name] for name in sizes})
         model.load_state_dict(checkpoint["state_dict"])
         source, epochs = checkpoint["data"], len(checkpoint["history"])
     except OSError as error:

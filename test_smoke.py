@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -133,16 +134,21 @@ def test_score_matches_clusters_to_labels_one_to_one():
 
 
 @pytest.mark.parametrize("size", [28, 14])
-def test_a_warp_moves_the_ink_a_little_in_any_direction(size):
-    scale = size // 14  # ink around row 14, column 10 of 28
-    x = F.pad(torch.ones(500, 2 * scale, 2 * scale), [n * scale for n in (4, 8, 6, 6)])
-    torch.manual_seed(0)
-    warped = gumbel_vae.warp(x.flatten(1)).view(x.shape)
-    ink = warped.sum((1, 2))
-    assert ink.mean() == pytest.approx(4 * scale**2, rel=0.05) and ink.min() > scale**2
-    for axis, centre in (2, 7 * scale - 0.5), (1, 5 * scale - 0.5):
-        moved = (warped.sum(axis) @ torch.arange(1.0 * size) / ink - centre) / scale
-        assert abs(moved.mean()) < 0.2 and moved.min() < -1 and 1 < moved.max() < 3
+def test_a_warp_shifts_turns_slants_and_bends_a_little(size):
+    # Images whose pixels tell their own column, or row: warped, they tell where each came from.
+    column, row = torch.meshgrid(torch.arange(0.0, size), torch.arange(0.0, size), indexing="xy")
+    came, middle = [], slice(size // 4, -size // 4)
+    for image in column, row:
+        torch.manual_seed(0)
+        came += [gumbel_vae.warp(image.flatten().repeat(500, 1)).view(500, size, size)]
+    came = torch.stack(came)[..., middle, middle]  # (2, 500, size / 2, size / 2)
+    shift = 28 / size * (came - torch.stack([column, row])[:, None, middle, middle]).mean((2, 3))
+    assert abs(shift.mean()) < 0.2 and 1.5 < abs(shift).max() < 4  # pixels of 28
+    turn, lean = came[1].diff(dim=2).mean((1, 2)), came[0].diff(dim=1).mean((1, 2))
+    assert abs(turn.mean()) < 0.05 and 0.12 < turn.std() < 0.2 < abs(turn).max() < 0.5
+    assert abs(lean.mean()) < 0.05 and 0.16 < lean.std() < 0.24
+    assert abs((turn + lean).mean()) < 0.05 and 0.1 < (turn + lean).std() < 0.2  # the shear alone
+    assert 0.05 < abs(came.diff(n=2)).max() < 0.5  # an unbent image has none
 
 
 def by_hand(model, data, loss, steps, lr):
@@ -225,10 +231,11 @@ def test_forward_is_what_train_uses(script, model, data):
 
 def test_training_lowers_the_loss_and_only_its_steps_are_in_training_mode(script, model, data):
     encode, modes = model.encode, []
-    model.encode = lambda x: modes.append(model.training) or encode(x)
+    model.encode = lambda x: modes.append((model.training, torch.is_grad_enabled())) or encode(x)
     before = script.evaluate(model, data)["loss"]
     assert script.train(model, data, epochs=6, batch_size=64)[-1]["loss"] < before - 10
-    assert modes == [False, *[True, True, True, True, False] * 6]  # four batches, then the test
+    step, test = (True, True), (False, False)
+    assert modes == [test, *[step, step, step, step, test] * 6]
 
 
 def test_no_step_leaves_the_device_or_waits_for_it(script, data, monkeypatch):
@@ -348,8 +355,12 @@ def test_train_has_the_defaults_of_the_command_line_which_reaches_it(script, tin
     chosen = dict(epochs=1, batch_size=255, lr=0.002, beta=0.3, objective="capacity", gamma=7.0,
                   tau=0.9)
     chosen = {name: chosen[name] for name in defaults}
-    monkeypatch.setattr(script, "train", lambda model, data, history, **options:
-                        given.update(options) or train(model, data, history=history, **options))
+
+    def spy(model, data, history, **options):
+        given.update(options)
+        assert_close(torch.sigmoid(model.to_logits.bias), data.x_train.mean(0).clamp(1e-3, 0.999))
+        return train(model, data, history=history, **options)
+    monkeypatch.setattr(script, "train", spy)
     tiny(script, *(f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()))
     assert given == chosen
 
@@ -367,9 +378,10 @@ def test_importing_does_nothing(script, tmp_path, monkeypatch, capsys):
 def test_without_mnist_or_network_the_embedded_digits_serve_and_say_so(
         error, says, tmp_path, monkeypatch, capsys):
     def refuse(self):
-        raise error
+        raise error if socket.getdefaulttimeout() else ValueError("it might wait forever")
     monkeypatch.setattr(MNIST, "download", refuse)
     data, out = common.load_mnist(tmp_path), capsys.readouterr().out
+    assert socket.getdefaulttimeout() is None
     assert "WARNING" in out and says in out and "NOT MNIST" in data.source
     assert data.y_train.unique().tolist() == data.y_test.unique().tolist() == list(range(10))
     for x in data.x_train, data.x_test:
@@ -409,7 +421,7 @@ def test_load_mnist_gives_the_bytes_of_the_files_divided_by_255(data, data_folde
     ({"x_train": torch.full((4, 9), 256)}, "goes from 256 to 256"),
     ({"x_train": torch.ones(4, 9, dtype=torch.uint8)}, "goes from 1 to 1 as torch.uint8"),
     ({"x_train": torch.rand(0, 9)}, "shape (0, 9)"), ({"x_test": torch.rand(4, 3, 3, 3)}, "grey"),
-    ({"x_test": torch.rand(4, 16)}, "9 pixels an image, x_test 16"),
+    ({"x_test": torch.rand(4, 16)}, "has 9 pixels an image, x_test 16"),
     ({"y_train": torch.arange(3)}, "y_train has the shape (3,)"),
     ({"y_test": torch.rand(4)}, "float32 for 4 images")])
 def test_make_data_says_what_is_wrong(change, says):
@@ -493,7 +505,7 @@ def test_ctrl_c_ends_the_training_and_keeps_what_was_learned(
     ("--data DAMAGED", "raw are damaged"), ("--lr 1000", "diverged"),
     ("--load missing.pt", "missing.pt: No such file"),
     ("--load FILE", "FILE is not a complete VAE checkpoint"),
-    ("--load cvae.pt", "not a complete VAE"), ("--load SIZES", "not a complete VAE")])
+    *(("--load " + name, "not a complete VAE") for name in ("cvae.pt", "SIZES", "CODE"))])
 def test_faults_end_in_one_line_about_them(
         fault, says, tiny, data_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -502,6 +514,7 @@ def test_faults_end_in_one_line_about_them(
     Path("FILE").write_bytes(b"not what it should be")
     checkpoint = torch.load("vae.pt", weights_only=True)
     torch.save({**checkpoint, "args": {"z_dim": 7, "h_dim": 50}}, "SIZES")
+    torch.save({**checkpoint, "code": Path}, "CODE")  # a pickled class could do anything
     shutil.copytree(data_folder, "DAMAGED")
     Path("DAMAGED/MNIST/raw/train-images-idx3-ubyte").write_bytes(b"noise")
     before = files(tmp_path)
@@ -521,6 +534,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write .*picture.png: No space left on device"):
         common.save(tmp_path / "picture.png", {})
     assert files(tmp_path) == {"picture.png": b"old"}
+
+
+def test_a_folder_without_room_is_found_before_the_training(tiny, monkeypatch):
+    def refuse(dir):
+        raise OSError(13, "Permission denied")
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(common, "load_mnist", None)  # the next step
+    with pytest.raises(OSError, match="cannot write to the folder .*: Permission denied; choose"):
+        tiny(vae)
 
 
 def test_as_a_user_types_it(tmp_path, data_folder):
@@ -560,7 +582,8 @@ def test_conditional_generation_has_a_class_per_row_and_one_z_per_column_or_per_
 def test_each_picture_has_the_codes_that_its_title_names(data):
     torch.manual_seed(0)
     model = vae.VAE(z_dim=2)
-    model.decode = lambda z: z[:, :1].expand(-1, 784)  # an image tells its z
+    gradients = []  # and an image tells its z:
+    model.decode = lambda z: gradients.append(torch.is_grad_enabled()) or z[:, :1].expand(-1, 784)
     fitted = {"weights": torch.tensor([0.9, 0.1]), "means": torch.tensor([[6.0, 0], [-6.0, 0]]),
               "covariances": 0.01 * torch.eye(2).repeat(2, 1, 1)}
     figures = vae.draw(model, data, fitted, [], ", mine")
@@ -571,6 +594,7 @@ def test_each_picture_has_the_codes_that_its_title_names(data):
     assert_close(redrawn[:28], data.x_test[:12].view(12, 28, 28).transpose(0, 1).reshape(28, -1))
     assert not torch.allclose(redrawn[:28], redrawn[28:], atol=0.1)
     assert figures["fitted"].axes[0].get_title("left") == "z ~ fitted prior, mine"
+    assert not any(gradients)
     plane = pixels(figures["manifold"])
     assert plane[0, 0] < plane[0, -1] and plane[0, 0] == plane[-1, 0]  # z[0] grows to the right
 
