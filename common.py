@@ -155,7 +155,7 @@ def plot_curves(history):
 
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
-    """Data from NumPy arrays or tensors: images (N, H, W) or (N, H*W), labels (N,) or None.
+    """Data from NumPy arrays or tensors: square images (N, H, H) or (N, H*H), labels (N,) or None.
 
     Images are integers from 0 to 255 or floats from 0 to 1, labels are integers of any type.
     Raises ValueError, saying what is wrong with which of them.
@@ -163,9 +163,9 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     tensors = []
     for part, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x = torch.as_tensor(x, device=device)
-        if x.dim() not in (2, 3) or not x.numel():
-            raise ValueError(f"x_{part} has the shape {tuple(x.shape)}; give grey images, and at "
-                             "least one, as (N, H, W) or (N, H*W)")
+        if x.dim() not in (2, 3) or x.shape[1] != x.shape[-1] or not x.numel():
+            raise ValueError(f"x_{part} has the shape {tuple(x.shape)}; give square grey images, "
+                             "at least one, as (N, H, H) or (N, H*H)")
         low, high, most = x.min().item(), x.max().item(), 1 if x.is_floating_point() else 255
         if not 0 <= low <= high <= most or most == 255 and high == 1:
             raise ValueError(f"x_{part} goes from {low:g} to {high:g} as {x.dtype}; give integers "
@@ -343,7 +343,7 @@ def load_checkpoint(path, model_class, device="cpu"):
         model.load_state_dict(checkpoint["state_dict"])
         source, epochs = checkpoint["data"], len(checkpoint["history"])
     except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror}; check the name") from None
+        raise OSError(f"cannot read {path}: {error.strerror}; give a whole checkpoint") from None
     except Exception as error:  # torch.load alone fails in a dozen ways
         raise OSError(f"{path} is not a complete {model_class.__name__} checkpoint; give one that "
                       "its script saved") from error

@@ -422,6 +422,7 @@ def test_load_mnist_gives_the_bytes_of_the_files_divided_by_255(data, data_folde
     ({"x_train": torch.full((4, 9), 256)}, "goes from 256 to 256"),
     ({"x_train": torch.ones(4, 9, dtype=torch.uint8)}, "goes from 1 to 1 as torch.uint8"),
     ({"x_train": torch.rand(0, 9)}, "shape (0, 9)"), ({"x_test": torch.rand(4, 3, 3, 3)}, "grey"),
+    ({"x_train": torch.rand(4, 1, 9)}, "square"),
     ({"x_test": torch.rand(4, 16)}, "has 9 pixels an image, x_test 16"),
     ({"y_train": torch.arange(3)}, "y_train has the shape (3,)"),
     ({"y_test": torch.rand(4)}, "float32 for 4 images")])
