@@ -7,9 +7,9 @@ encoder q(z|x) does not see it. The bound is
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
 
 and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, and a
-random z contradicts the label. A beta of 10 makes everything in z expensive, so the decoder takes
-the digit from the label, which is free. At 1, a prior p(z|y) fitted to each digit's codes cures it
-too, and moves a code from one digit to another: all ten digits in a given digit's handwriting.
+random z usually contradicts the label. A beta of 10 makes everything in z expensive, so the decoder
+takes the digit from the label, which is free. At 1, a prior p(z|y) fitted to each digit's codes
+cures it too, and moves a code from one digit to another: ten digits in a given digit's handwriting.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional

@@ -1,6 +1,6 @@
 """The Gumbel VAE: beside z a categorical c, with which the model sorts digits without a label.
 
-A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters: c shall name
+A digit is drawn by p(x, z, c) = p(c) p(z) p(x|z, c), with c uniform over ten clusters: c is to name
 the digit, z the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), and lets the
 decoder's gradient through as if c were soft. The loss is
 
@@ -8,11 +8,11 @@ decoder's gradient through as if c were soft. The loss is
 
 and --objective chooses what becomes of KL(c):
 
-    elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z as in c: nothing
-                favours c, which stays nearly empty. --beta 4 fills it, but not with digits.
-    capacity    Both KLs are pulled to capacities. c must be sure, but of what?
+    elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z and c, and a sampled
+                c stays nearly empty. --beta 4 fills it, but with a mixture of digits.
+    capacity    Both KLs are pulled to capacities, without beta. c must be sure, but of what?
     clustering  gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be
-                sure, and use all clusters. This finds the digits; beta = 4 makes the decoder obey.
+                sure, and use all clusters. This finds the digits; beta 4 makes the decoder obey.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104, equation 7
