@@ -17,7 +17,7 @@ cures it too, and moves a code from one digit to another: ten digits in a given 
     Kingma et al. 2014, Semi-supervised Learning with Deep Generative Models, arXiv:1406.5298
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
 
-    python cvae.py --beta 10 --epochs 15  # the defaults; half a minute on two cores:
+    python cvae.py --beta 10 --epochs 15  # the defaults; under a minute on two cores:
                              # test -ELBO 137.65 ± 0.20 nats (seeds 0 to 4)
     python cvae.py --beta 1  # 99.39 ± 0.08 nats, 94.97 ± 0.09 with the fitted prior
 """

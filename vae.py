@@ -14,7 +14,7 @@ fitted to the codes takes its place.
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
 
-    python vae.py  # half a minute on two cores: test -ELBO 101.78 ± 0.09 nats, 97.19 ± 0.03 with
+    python vae.py  # under a minute on two cores: test -ELBO 101.78 ± 0.09 nats, 97.19 ± 0.03 with
                    # the fitted prior (seeds 0 to 4)
 """
 import argparse
