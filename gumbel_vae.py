@@ -6,7 +6,7 @@ decoder's gradient through as if c were soft. The loss is
 
     reconstruction + beta * KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ),
 
-and --objective chooses what becomes of KL(c):
+and --objective chooses what becomes of the KLs:
 
     elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z and c, and a sampled
                 c stays nearly empty. --beta 4 fills it, but mixes digits.
@@ -127,7 +127,7 @@ def warp(x):
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
           objective="clustering", gamma=400.0, tau=0.5, history=None):
-    """Minimises reconstruction + beta * KL(z) + the objective's term.
+    """Minimises the loss of the objective: see the top of this file.
 
     Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
     and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
@@ -236,7 +236,7 @@ def options():
     add("--out", default="samples", help="folder for the pictures and the checkpoint")
     add("--load", metavar="FILE", help="a checkpoint to redraw instead of training")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
-        help="what becomes of KL(c)")
+        help="what becomes of the KLs")
     add("--gamma", type=number(float, 0, 1e6), default=400.0, help="weight of clustering")
     add("--tau", type=number(float, 1e-3, 1e3), default=0.5, help="temperature")
     add("--n-classes", type=number(int, 2, 100), default=10, help="clusters")
