@@ -343,7 +343,8 @@ def load_checkpoint(path, model_class, device="cpu"):
         model.load_state_dict(checkpoint["state_dict"])
         source, epochs = checkpoint["data"], len(checkpoint["history"])
     except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror}; give a whole checkpoint") from None
+        raise OSError(f"cannot read {path}: {error.strerror}; give a file "
+                      "that its script saved") from None
     except Exception as error:  # torch.load alone fails in a dozen ways
         raise OSError(f"{path} is not a complete {model_class.__name__} checkpoint; give one that "
                       "its script saved") from error

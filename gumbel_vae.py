@@ -6,13 +6,13 @@ decoder's gradient through as if c were soft. The loss is
 
     reconstruction + beta * KL(z) + KL(c),    KL(c) = KL( q(c|x) || p(c) ),
 
-and --objective chooses what becomes of the KLs:
+and --objective says what becomes of the KLs:
 
-    elbo        It stays. With --beta 1, the -ELBO, a nat costs the same in z and c, and a sampled
-                c stays nearly empty. --beta 4 fills it, but mixes digits.
+    elbo        KL(c) stays. With --beta 1, the -ELBO, a nat costs the same in z and c, and a
+                sampled c stays nearly empty. --beta 4 fills it, but mixes digits.
     capacity    Both KLs are pulled to capacities, without beta. c must be sure, but of what?
-    clustering  gamma * `clustering` replaces it: c must stay the same when x is warped to Tx, be
-                sure, and use all clusters. This finds the digits; beta 4 makes the decoder obey.
+    clustering  gamma * `clustering` replaces KL(c): c must stay the same when x is warped to Tx,
+                be sure, and use all clusters. This finds the digits; beta 4 makes the decoder obey.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104, equation 7
@@ -127,7 +127,7 @@ def warp(x):
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=4.0,
           objective="clustering", gamma=400.0, tau=0.5, history=None):
-    """Minimises the loss of the objective: see the top of this file.
+    """Minimises the objective's loss: see the top of this file.
 
     Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
     and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
