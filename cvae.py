@@ -1,29 +1,25 @@
 """The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
-A digit x of class y is drawn by p(x, z|y) = p(z) p(x|z, y): the label says which digit, and
-z ~ N(0, I) only has to say how it is written. The decoder gets the one-hot label alongside z; the
-encoder q(z|x) does not see it. The bound is
+A digit x of class y is drawn from p(x|z, y): the label y names the digit, and z ~ N(0, I) only has
+to say how it is written. The encoder q(z|x) does not see y. The loss is reconstruction + beta * KL,
 
-    log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || p(z) ),
+    log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
-and the loss weights its KL: reconstruction + beta * KL. At beta = 1, z still holds the digit, and a
-random z usually contradicts the label. A beta of 10 makes everything in z expensive, so the decoder
-takes the digit from the label, which is free. At 1, a prior p(z|y) fitted to each digit's codes
-cures it too, and moves a code from one digit to another: ten digits in a given digit's handwriting.
+in nats per image. At beta = 1, z holds the digit too, and a random z may contradict the label. At
+10, z is dear: the digit is left to the label, and most of the handwriting is lost. At 1, a prior
+p(z|y) fitted to the codes of each digit cures it, too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
-    Sohn, Lee and Yan 2015, Learning Structured Output Representation using Deep Conditional
-        Generative Models, NIPS
-    Kingma et al. 2014, Semi-supervised Learning with Deep Generative Models, arXiv:1406.5298
+    Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y
+    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
 
-    python cvae.py --beta 10 --epochs 15  # the defaults; under a minute on two cores:
-                             # test -ELBO 137.65 ± 0.20 nats (seeds 0 to 4)
-    python cvae.py --beta 1  # 99.39 ± 0.08 nats, 94.97 ± 0.09 with the fitted prior
+    python cvae.py --beta 10 --epochs 15  # the defaults; test -ELBO 137.65 ± 0.20 nats
+    python cvae.py --beta 1               # 99.39 ± 0.08 nats, 94.97 ± 0.09 with the fitted prior
 """
-import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +30,7 @@ import common
 
 
 class CVAE(nn.Module):
-    """784-400-20 and back: encoder q(z|x), decoder p(x|z, y)."""
+    """784-400-20 and back: an encoder and a decoder of one hidden layer each."""
 
     def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10, mean=0.13):
         super().__init__()
@@ -52,12 +48,16 @@ class CVAE(nn.Module):
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
-    def decode(self, z, y):
-        """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784)."""
+    def logits(self, z, y):
+        """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784), for the loss."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
+    def decode(self, z, y):
+        """The same as probabilities (N, 784): the picture."""
+        return torch.sigmoid(self.logits(z, y))
+
     def forward(self, x, y):
-        """x, one-hot y to logits (N, 784), by one sampled z each, and mu, log_var (N, z_dim)."""
+        """x_reconst (N, 784), by one sampled z each, and mu, log_var (N, z_dim)."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var), y), mu, log_var
 
@@ -68,22 +68,18 @@ def reparameterize(mu, log_var):
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; nats."""
+    """-log p(x|...), Bernoulli pixels: summed over them, averaged over images; nats per image."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)): summed over latents, averaged over images; nats. Ibid., appendix B."""
+    """KL(q(z|x) || N(0, I)), nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
-def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=None):
-    """Minimises reconstruction + beta * KL.
-
-    Returns the history, a list with one dict of metrics per epoch; a list handed in is continued,
-    and keeps them even if Ctrl-C ends the training. Raises FloatingPointError if it diverges.
-    """
-    n, device, history = len(data.x_train), data.x_train.device, [] if history is None else history
+def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
+    """Minimises reconstruction + beta * KL; returns the history, a dict of metrics per epoch."""
+    n, device, history = len(data.x_train), data.x_train.device, []
     labels = common.one_hot(data.y_train, model.n_classes)  # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     step, steps = 0, epochs * math.ceil(n / batch_size)
@@ -91,144 +87,101 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0, history=No
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in torch.randperm(n, device=device).split(batch_size):
-            # For 15 % of the steps the learning rate climbs to lr, and the weight of the KL from 1
-            # to beta (after Bowman et al. 2015); then the rate falls to nearly zero.
+            # For 15 % of the steps the learning rate climbs to lr, then it falls to nearly zero.
             climb, fall = min(1, step / (0.15 * steps)), (steps - step) / (0.85 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb + 1 / steps, fall)
-            weight = 1 + (beta - 1) * climb
+            weight = 1 + (beta - 1) * climb  # of the KL; after Bowman et al. 2015, arXiv:1511.06349
+
             x, y = data.x_train[batch], labels[batch]  # (B, 784), (B, n_classes)
-            logits, mu, log_var = model(x, y)  # (B, 784), (B, z_dim) twice
-            recon, kl = reconstruction(logits, x), gaussian_kl(mu, log_var)  # each in nats
+            mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
+            z = reparameterize(mu, log_var)  # (B, z_dim)
+            recon = reconstruction(model.logits(z, y), x)  # nats per image
+            kl = gaussian_kl(mu, log_var)  # nats per image
+            loss = recon + weight * kl
             optimizer.zero_grad()
-            (recon + weight * kl).backward()
+            loss.backward()
             optimizer.step()
             step += 1
             total += (recon + kl).detach() * len(x)  # stays on the device: no step waits for it
         metrics = {"train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
-        common.log_epoch(epoch, history[-1])
+        print(f"epoch {epoch:3}", *(f" {name} {value:.2f}" for name, value in history[-1].items()))
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """The test metrics, in nats per image; loss is the -ELBO, whatever beta was.
+    """The metrics of the test images, by one z each, in nats per image; loss is the -ELBO.
 
-    Each image has one sampled z, by noise that is the same on every device and for every training.
-    With a prior, loss_fitted is the -ELBO of the model that has it in place of N(0, I). Raises
-    FloatingPointError if the training has diverged.
+    With a prior in place of N(0, I), it is loss_fitted. Raises FloatingPointError if not finite.
     """
     model.eval()
-    generator, total = torch.Generator().manual_seed(seed), 0
-    labels = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
-    for x, y in zip(data.x_test.split(500), labels.split(500)):
-        mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
-        noise = torch.randn(mu.shape, generator=generator).to(mu.device)
-        z = mu + torch.exp(log_var / 2) * noise  # (B, z_dim)
-        terms = [reconstruction(model.decode(z, y), x), gaussian_kl(mu, log_var)]
-        if prior is not None:
-            log_standard = Normal(0.0, 1.0).log_prob(z).sum(1)  # (B,)
-            log_prior = prior.log_prob(z[:, None])[y == 1]  # (B,): of each image's class
-            terms.append((log_standard - log_prior).mean())  # nats; negative if it fits better
-        total += len(x) * torch.stack(terms)
-    recon, kl, *change = (total / len(data.x_test)).tolist()
-    if not math.isfinite(recon + kl + sum(change)):
+    x, generator = data.x_test, torch.Generator("cpu").manual_seed(seed)
+    y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
+    mu, log_var = model.encode(x)  # (N, z_dim), (N, z_dim)
+    noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
+    z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
+    recon, kl = reconstruction(model.logits(z, y), x).item(), gaussian_kl(mu, log_var).item()
+    if not math.isfinite(recon + kl):
         raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
-    results = {"recon": recon, "kl": kl, "loss": recon + kl}
-    return results if prior is None else {**results, "loss_fitted": recon + kl + change[0]}
+    metrics = {"recon": recon, "kl": kl, "loss": recon + kl}
+    if prior is not None:
+        log_prior = prior.log_prob(z[:, None])[y == 1]  # (N,): by the prior of its class
+        change = Normal(0.0, 1.0).log_prob(z).sum(1) - log_prior  # (N,)
+        metrics["loss_fitted"] = recon + kl + change.mean().item()
+    return metrics
 
 
 # After training: a prior that fits the codes, and the pictures.
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """A prior p(z|y) that fits: for each class, a mixture of Gaussians over its training codes.
-
-    Held-out codes gain only 0.1 nats from 20 components. Returns what common.mixture takes.
-    """
-    model.eval()
-    z = [reparameterize(*model.encode(x)) for x in data.x_train.split(500)]
-    return common.fit_mixtures(torch.cat(z), data.y_train, model.n_classes, n_components)
+    """A prior p(z|y) that fits: a mixture for each class, over the codes of its training images."""
+    codes = reparameterize(*model.encode(data.x_train))  # (N, z_dim)
+    return common.fit_mixture(codes, n_components, data.y_train, model.n_classes)
 
 
 @torch.no_grad()
-def draw(model, data, fitted, history, setting="", digit=None):
-    """This script's pictures: a dict of Figures by name; `setting` ends their titles."""
-    x, y, prior = data.x_test[:12], data.y_test[:12], common.mixture(**fitted)
-    standard = Normal(torch.zeros(model.z_dim, device=x.device), 1.0)
-    probs = torch.sigmoid(model(x, common.one_hot(y, model.n_classes))[0])
-    codes = common.transfer(model.encode(x)[0], y, **fitted)  # (12, n_classes, z_dim)
-    figures = {"reconstruction": common.plot_reconstruction(x, probs),
-               "handwriting": common.plot_handwriting(model, x, codes, setting),
-               "loss": common.plot_curves(history)}
-    for name, z in ("generation", standard), ("fitted", prior):
-        title = f", z ~ {'N(0, I)' if z is standard else 'fitted prior'}{setting}"
-        figures[name] = common.plot_conditional_generation(model, z, title)
-        if digit is not None:  # beside the picture of all digits
-            figures[f"{name}_{digit}"] = common.plot_conditional_generation(
-                model, z, title, 64, digit)
-    return figures
+def draw(model, data, prior, history):
+    """This script's pictures: a dict of figures by name."""
+    x, y, plot = data.x_test[:12], data.y_test[:12], common.plot_conditional_generation
+    return {
+        "reconstruction": common.plot_reconstruction(model, x, common.one_hot(y, model.n_classes)),
+        "generation": plot(model, title="z ~ N(0, I), the same down a column"),
+        "fitted": plot(model, prior=prior, title="z ~ fitted prior of the class"),
+        "handwriting": common.plot_handwriting(model, x),
+        "loss": common.plot_curves(history)}
 
 
 def options():
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, number = parser.add_argument, common.in_range
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    add("--epochs", type=number(int, 1, 10**6), default=15, help="passes over the training images")
-    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images per step")
-    add("--lr", type=number(float, 1e-9, 1e3), default=8e-3, help="peak learning rate of Adam")
-    add("--beta", type=number(float, 0, 1e6), default=10.0, help="weight of the KL; 1: the ELBO")
-    add("--h-dim", type=number(int, 1, 10**5), default=400, help="units in each hidden layer")
-    add("--z-dim", type=number(int, 1, 1000), default=20, help="dimensions of the latent z")
-    add("--seed", type=number(int, 0, 10**9), default=0, help="random seed")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST; downloaded if missing")
-    add("--out", default="samples", help="folder for the pictures and the checkpoint")
-    add("--load", metavar="FILE", help="a checkpoint to redraw instead of training")
-    add("--digit", type=number(int, 0, 9), metavar="D", help="draw samples of this digit alone")
+    parser = common.options(__doc__)
+    parser.add_argument("--lr", type=float, default=8e-3, help="peak learning rate")
+    parser.add_argument("--beta", type=float, default=10.0, help="weight of the KL; 1: the ELBO")
+    parser.add_argument("--digit", type=int, choices=range(10), help="draw 64 of this digit, too")
     return parser
 
 
-def main(argv=None):
-    """Trains (or loads), evaluates, draws and saves; returns the test metrics."""
+def main(argv=()):
+    """Trains (or loads), fits the prior, evaluates, draws, saves; returns the test metrics."""
     args = options().parse_args(argv)
-    out = common.writable_folder(args.out)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     data = common.load_mnist(args.data, args.device)
     torch.manual_seed(args.seed)
-    print(data.source, f"{len(data.x_train)} training and {len(data.x_test)} test images", sep=": ")
     if args.load:
-        model, checkpoint = common.load_checkpoint(args.load, CVAE, args.device)
+        model, history = common.load_checkpoint(args.load, CVAE, args.device)
     else:
-        sizes = {"h_dim": args.h_dim, "z_dim": args.z_dim}
-        model = CVAE(**sizes, mean=data.x_train.mean(0)).to(args.device)
-        checkpoint = {"args": vars(args), "data": data.source, "history": []}
-    chosen, history = checkpoint["args"], checkpoint["history"]
-    print(*[f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()
-            if value is not None])
-    if not args.load:
-        try:
-            train(model, data, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-                  beta=args.beta, history=history)
-        except KeyboardInterrupt:
-            print("\ninterrupted: what was learned is kept; Ctrl-C again quits")
-        checkpoint["state_dict"] = model.state_dict()
-        common.save(out / "cvae.pt", checkpoint)  # at once: no later failure loses it
-    if "prior" not in checkpoint:  # trained just now, or stopped before the fit
-        print("fitting the prior to the codes ...", flush=True)
-        checkpoint["prior"] = fit_prior(model, data)
-    results = evaluate(model, data, common.mixture(**checkpoint["prior"]))
-    results["train_seconds"] = sum(epoch["seconds"] for epoch in history)
-    print("test " + "  ".join(f"{name} {value:.5g}" for name, value in results.items()))
-
-    torch.manual_seed(args.seed)  # with the same --seed, --load draws the same pictures again
-    files = {} if args.load else {"cvae.pt": checkpoint}
-    setting = f", beta {chosen['beta']:g}"
-    figures = draw(model, data, checkpoint["prior"], history, setting, args.digit)
-    files.update({f"cvae_{name}.png": figure for name, figure in figures.items()})
-    print("wrote", *[common.save(out / name, item) for name, item in files.items()])
-    return results
+        model = CVAE(z_dim=args.z_dim, mean=data.x_train.mean(0)).to(args.device)
+        history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta)
+    torch.manual_seed(args.seed)  # so that --load draws the same pictures
+    prior = fit_prior(model, data)
+    metrics = evaluate(model, data, prior)
+    print("test", *(f" {name} {value:.2f}" for name, value in metrics.items()))
+    figures = draw(model, data, prior, history)
+    if args.digit is not None:
+        figures["digit"] = common.plot_conditional_generation(model, 64, args.digit)
+    common.save(args, "cvae", figures, model, history, data.source)
+    return metrics
 
 
 if __name__ == "__main__":
