@@ -162,7 +162,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
                 pulls = (kl - 2.0 * progress).abs() + (kl_c - most * progress).abs()
                 loss = recon + beta * pulls  # Dupont 2018, equation 7
             else:
-                codes = z[:len(x) // 8].detach()  # and as many from N(0, I), each with a random k
+                codes = z[::8].detach()  # and as many from N(0, I), each with a random k
                 codes = torch.cat([codes, torch.randn_like(codes)])
                 k = torch.randint(model.n_classes, (len(codes),), device=device)
                 loss = recon + weight * kl + gamma * clustering(log_q, log_q_warped)

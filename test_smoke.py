@@ -185,7 +185,7 @@ def terms(script, model, x, y):
     kl = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(1).mean()
     if script is not gumbel_vae:
         return recon, kl, 0, 0, 0
-    z = torch.cat([mu[:32].detach(), torch.zeros(32, 5)])
+    z = torch.cat([mu[::8].detach(), torch.zeros(32, 5)])
     return (recon, kl, gumbel_vae.categorical_kl(log_q), gumbel_vae.read_back(model, z, torch.zeros(64).long()),
             gumbel_vae.clustering(log_q, log_q.repeat(2, 1)))
 
