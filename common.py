@@ -83,10 +83,7 @@ def plot_generation(model, n=24, prior=None, title="generated images", z_dim=Non
 
 def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="a class per row",
                                 z_dim=None, n_classes=None):
-    """A figure with a class per row, n images in each, one z down a column; or n of fix_number.
-
-    A prior of batch shape (n_classes,), as cvae.py fits it, gives each class codes of its own.
-    """
+    """A figure with a class per row, n images in each, one z down a column; or n of fix_number."""
     images = decode_classes(model, draw_codes(model, n, prior, z_dim), n_classes)
     if fix_number is not None:
         return show(images[fix_number], title)
@@ -106,10 +103,9 @@ def plot_manifold(model, codes, labels, n=15):
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     left.imshow(tile(model.decode(z.to(codes.device)), n), cmap="gray_r", extent=(0, 1, 0, 1))
-    points = right.scatter(*normal.cdf(codes).cpu().T, s=1, c=labels.cpu(), cmap="tab10")
-    right.legend(*points.legend_elements(), title="digit", loc="upper right")
+    right.scatter(*normal.cdf(codes).cpu().T, s=1, c=labels.cpu(), cmap="tab10")
     for axes in left, right:
-        axes.set(xlabel="first number of z", ylabel="second number of z", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="z[0], quantile", ylabel="z[1], quantile", xlim=(0, 1), ylim=(0, 1))
     plt.close(figure)
     return figure
 
@@ -152,24 +148,20 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def load_mnist(root="data", device="cpu"):
-    """MNIST as Data, from the folder `root`, or downloaded to it; else scikit-learn's digits.
-
-    Raises OSError if the folder holds something else.
-    """
+    """MNIST as Data, from `root` or downloaded to it; OSError if something else is there."""
     folder, patience = Path(root, "MNIST/raw"), socket.getdefaulttimeout()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang us
-        parts = [MNIST(root, train, download=True) for train in (True, False)]
-        if any(part.data.shape[1:] != (28, 28) or part.targets.max() > 9 for part in parts):
+        train, test = (MNIST(root, train, download=True) for train in (True, False))
+        if train.data.shape[1:] != (28, 28) or train.targets.max() > 9:
             raise ValueError("no 28x28 images with labels from 0 to 9")
-        arrays = [array for part in parts for array in (part.data, part.targets)]
-        return make_data(*arrays, "MNIST", device)
+        return make_data(train.data, train.targets, test.data, test.targets, "MNIST", device)
     except Exception as error:  # torchvision raises all sorts of them
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
-            raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or call "
-                          "common.make_data for images of your own") from error
+            raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
+                          "call common.make_data for images of your own") from error
         print(f"WARNING: no download of MNIST, so these are scikit-learn's 8x8 digits: {error!r}")
         return make_data(*bundled_digits(), "scikit-learn's 8x8 digits (NOT MNIST)", device)
     finally:
@@ -189,7 +181,7 @@ def bundled_digits():
 # The fitted prior
 
 def fit_mixture(z, n_components, labels=None, n_classes=10):
-    """A mixture of Gaussians fitted to codes z (N, z_dim), or one for each label: a distribution.
+    """A mixture of Gaussians fitted to codes z (N, z_dim), or one to each label's: a distribution.
 
     A Gaussian takes 20 codes per dimension, on average; with fewer, N(0, I) is returned.
     """
