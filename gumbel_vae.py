@@ -131,7 +131,7 @@ def warp(x):
 
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
-          objective="clustering", gamma=400.0, read_weight=20.0, tau=0.5):
+          objective="clustering", gamma=400.0, read_weight=25.0, tau=0.5):
     """Minimises the objective's loss; returns the history, a dict of metrics per epoch."""
     if objective not in ("elbo", "capacity", "clustering"):
         raise ValueError(f"the objective {objective!r} is none of elbo, capacity, clustering")
@@ -232,7 +232,7 @@ def options():
     parser.add_argument("--objective", choices=["elbo", "capacity", "clustering"],
                         default="clustering", help="what becomes of the KL terms")
     parser.add_argument("--gamma", type=float, default=400.0, help="weight of clustering")
-    parser.add_argument("--read-weight", type=float, default=20.0, help="weight of read_back")
+    parser.add_argument("--read-weight", type=float, default=25.0, help="weight of read_back")
     parser.add_argument("--n-classes", type=common.positive, default=10, help="clusters; ACC: 10")
     return parser
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ MODELS = {vae: vae.VAE, cvae: cvae.CVAE, gumbel_vae: gumbel_vae.GumbelVAE}
 DEFAULTS = {vae: dict(epochs=15, batch_size=128, lr=8e-3),
             cvae: dict(epochs=15, batch_size=128, lr=8e-3, beta=10.0),
             gumbel_vae: dict(epochs=15, batch_size=128, lr=6e-3, beta=1.0,
-                             objective="clustering", gamma=400.0, read_weight=20.0)}
+                             objective="clustering", gamma=400.0, read_weight=25.0)}
 
 
 @pytest.fixture(params=MODELS, ids=lambda script: script.__name__)
@@ -515,7 +516,9 @@ def test_every_command_in_the_readme_and_the_docstrings_parses():
         scripts[name].options().parse_args(shlex.split(argv))
 
 
-def test_every_link_in_the_readme_leads_to_a_file_or_to_the_definition_it_names():
+def test_the_readme_quotes_and_links_what_is_there():
+    for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
+        assert textwrap.indent(block, " " * 12) in inspect.getsource(vae.train)
     assert all((HERE / path).exists() for path in re.findall(r"\]\(([\w./]+)[#)]", README))
     for name, path, number in re.findall(r"\[`?(\w+)`?\]\((\w+\.py)#L(\d+)\)", README):
         line = (HERE / path).read_text(encoding="utf-8").splitlines()[int(number) - 1]
