@@ -2,7 +2,8 @@
 
 An image is a row of 784 pixels in [0, 1], 1 being ink; other square images will do. A picture is a
 matplotlib figure: a notebook shows the one that ends a cell. A model is any nn.Module whose
-decode(z), or decode(z, y) with a one-hot y, gives images.
+decode(z), or decode(z, y) with a one-hot y, gives images; z_dim is 20 and n_classes 10 unless it
+has such attributes.
 """
 import argparse
 import math
@@ -223,7 +224,7 @@ def options(description):
     parser.add_argument("--device", choices=devices, default=devices[0], help="where to compute")
     parser.add_argument("--data", default="data", help="folder of MNIST; downloaded if missing")
     parser.add_argument("--out", default="samples", help="folder for pictures and checkpoint")
-    parser.add_argument("--load", metavar="FILE", help="redraw a checkpoint, with its own options")
+    parser.add_argument("--load", metavar="FILE", help="redraw a checkpoint, with its own sizes")
     return parser
 
 

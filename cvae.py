@@ -6,8 +6,8 @@ to say how it is written. The encoder q(z|x) does not see y. The loss is reconst
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
 in nats per image. At beta = 1, z holds the digit too, and a random z may contradict the label. At
-10, z is dear: the digit is left to the label, and most of the handwriting is lost. At 1, a prior
-p(z|y) fitted to the codes of each digit cures it, too.
+10, z is dear: the label is followed, and most of the handwriting is lost. At 1, priors p(z|y),
+fitted to the codes of each digit, avoid the contradiction.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y
@@ -40,7 +40,7 @@ class CVAE(nn.Module):
         self.to_log_var = nn.Linear(h_dim, z_dim)
         self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
         self.to_logits = nn.Linear(h_dim, image_size)
-        # Start from the mean pixel or, better, the mean image: 0.5 nats less after three epochs.
+        # Start from the mean pixel or, better, the mean image (vae.py, 3 epochs: 0.5 nats less).
         self.to_logits.bias.data.copy_(torch.logit(torch.as_tensor(mean), eps=1e-3))
 
     def encode(self, x):

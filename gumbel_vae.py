@@ -10,8 +10,8 @@ and --objective says what becomes of its KLs:
     elbo        Both stay, KL(z) weighted by beta. At beta = 1, c stays nearly empty.
     capacity    Both are pulled to capacities, with --beta 30. c must be sure, but of what?
     clustering  KL(z) stays. c must be the same for a warped x, sure, and use all clusters: this
-                finds the digits. But z holds the digit too, and the decoder follows it. --beta 4
-                is a dear cure, read_back a cheap one: what is drawn for c must be read as c.
+                finds the digits, but the decoder often disobeys c. --beta 4 is a dear cure,
+                read_back a cheap one: what is drawn for c must be read as c.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -46,7 +46,7 @@ class GumbelVAE(nn.Module):
         self.to_cluster_logits = nn.Linear(h_dim, n_classes)
         self.from_latent = nn.Linear(z_dim + n_classes, h_dim)
         self.to_logits = nn.Linear(h_dim, image_size)
-        # Start from the mean pixel or, better, the mean image: 0.5 nats less after three epochs.
+        # Start from the mean pixel or, better, the mean image (vae.py, 3 epochs: 0.5 nats less).
         self.to_logits.bias.data.copy_(torch.logit(torch.as_tensor(mean), eps=1e-3))
 
     def encode(self, x):
