@@ -169,7 +169,7 @@ def test_a_warp_stretches_slants_turns_shifts_and_bends_a_little():
     assert abs(shift.mean()) < 0.2 and 1.5 < abs(shift).max() < 4  # pixels
     right, down = came.diff(dim=3).mean((2, 3)), came.diff(dim=2).mean((2, 3))
     stretches, turn, lean = torch.stack([right[0], down[1]]), right[1], down[0]
-    assert abs(stretches.mean() - 1) < 0.02 and 0.05 < stretches.std(1).min() < 0.1
+    assert abs(stretches.mean() - 1) < 0.02 and 0.07 < stretches.std(1).min() < 0.1
     assert abs(turn.mean()) < 0.05 and 0.12 < turn.std() < 0.2 < abs(turn).max() < 0.5
     assert abs(lean.mean()) < 0.05 and 0.1 < (turn + lean).std() < 0.2  # the slant alone
     assert 0.05 < abs(came.diff(n=2)).max() < 0.5  # an unbent image has none
