@@ -98,15 +98,18 @@ def plot_handwriting(model, x, title="given, then its z in every class", n_class
 
 
 @torch.no_grad()
-def plot_manifold(model, codes, labels, n=15):
+def plot_manifold(model, codes, labels, n=10):
     """Images over the plane of z, by quantiles of N(0, I), beside the codes (N, 2) of others."""
     normal, ticks = D.Normal(0.0, 1.0), (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
-    left.imshow(tile(model.decode(z.to(codes.device)), n), cmap="gray_r", extent=(0, 1, 0, 1))
-    right.scatter(*normal.cdf(codes).cpu().T, s=1, c=labels.cpu(), cmap="tab10")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.7), layout="constrained")
+    grid = tile(model.decode(z.to(codes.device)), n)
+    left.imshow(grid, cmap="gray_r", interpolation="nearest", extent=(0, 1, 0, 1))
+    places = normal.cdf(codes).cpu().T  # (2, N)
+    right.scatter(*places, s=0.2, c=labels.cpu(), cmap="tab10", antialiased=False)
     for axes in left, right:
-        axes.set(xlabel="z[0], quantile", ylabel="z[1], quantile", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="z[0], quantile", ylabel="z[1], quantile", xlim=(0, 1), ylim=(0, 1),
+                 aspect="equal")
     plt.close(figure)
     return figure
 
