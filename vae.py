@@ -120,7 +120,7 @@ def evaluate(model, data, prior=None, seed=0):
         raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
     metrics = {"recon": recon, "kl": kl, "loss": recon + kl}
     if prior is not None:
-        log_prior = prior.log_prob(z)  # (N,)
+        log_prior = torch.cat([prior.log_prob(part) for part in z.split(1000)])  # (N,)
         change = Normal(0.0, 1.0).log_prob(z).sum(1) - log_prior  # (N,)
         metrics["loss_fitted"] = recon + kl + change.mean().item()
     return metrics
@@ -131,8 +131,8 @@ def evaluate(model, data, prior=None, seed=0):
 @torch.no_grad()
 def fit_prior(model, data, n_components=100):
     """A prior that fits: a mixture of Gaussians over one sampled code of each training image."""
-    codes = reparameterize(*model.encode(data.x_train))  # (N, z_dim)
-    return common.fit_mixture(codes, n_components)
+    codes = [reparameterize(*model.encode(x)) for x in data.x_train.split(10000)]
+    return common.fit_mixture(torch.cat(codes), n_components)
 
 
 @torch.no_grad()
