@@ -250,7 +250,8 @@ def test_forward_and_evaluate_agree_with_the_bound(script, data):
     torch.manual_seed(0)
     model, x, y = MODELS[script](), data.x_train.repeat(40, 1), data.y_train.repeat(40)
     data, given = data._replace(x_test=x, y_test=y), [common.one_hot(y)] * (script is cvae)
-    prior = [D.Independent(D.Normal(torch.zeros([10, 20] if given else 20), 1.5), 1)]
+    mean = torch.arange(10.0)[:, None].expand(10, 20) / 10 if given else torch.zeros(20)
+    prior = [D.Independent(D.Normal(mean, 1.5), 1)]
     metrics = script.evaluate(model, data, *prior * (script is not gumbel_vae))
     x_reconst, mu, log_var, *log_q = model(x, *given)
     bound = F.binary_cross_entropy(x_reconst, x, reduction="sum") / len(y)
@@ -263,7 +264,8 @@ def test_forward_and_evaluate_agree_with_the_bound(script, data):
         assert gumbel_vae.score(y, q.probs.argmax(1)).items() <= metrics.items()
     else:
         z = script.reparameterize(mu, log_var)
-        change = (D.Normal(0.0, 1.0).log_prob(z) - D.Normal(0.0, 1.5).log_prob(z)).sum(1).mean()
+        log_prior = D.Normal(mean[y] if given else mean, 1.5).log_prob(z)
+        change = (D.Normal(0.0, 1.0).log_prob(z) - log_prior).sum(1).mean()
         assert metrics["loss_fitted"] - metrics["loss"] == pytest.approx(change.item(), abs=0.02)
     assert metrics["loss"] == pytest.approx(bound.item(), rel=1e-3)
     model.to_mu.bias.data.fill_(math.nan)
