@@ -99,7 +99,7 @@ def plot_handwriting(model, x, title="given, then its z in every class", n_class
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels, n=10):
-    """Images over the plane of z, by quantiles of N(0, I), beside the codes (N, 2) of others."""
+    """Images over the plane of z, by quantiles of N(0, I), beside codes (N, 2) in label colours."""
     normal, ticks = D.Normal(0.0, 1.0), (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.7), layout="constrained")
@@ -152,7 +152,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def load_mnist(root="data", device="cpu"):
-    """MNIST as Data, from `root` or downloaded to it; OSError if something else is there."""
+    """MNIST from `root`, or downloaded, else scikit-learn's digits; OSError if `root` is unfit."""
     folder, patience = Path(root, "MNIST/raw"), socket.getdefaulttimeout()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -233,13 +233,13 @@ def options(description):
 
 def save(args, name, figures, model, history, source):
     """Writes a PNG for each figure to args.out and, if the model was trained, its checkpoint."""
-    for key, figure in figures.items():
-        figure.savefig(Path(args.out, f"{name}_{key}.png"))
     if not args.load:
         part = Path(args.out, f"{name}.pt.part")  # a full disk must not cost the old checkpoint
         torch.save({"args": vars(args), "data": source, "history": history,
                     "state_dict": model.state_dict()}, part)
         part.replace(Path(args.out, f"{name}.pt"))
+    for key, figure in figures.items():
+        figure.savefig(Path(args.out, f"{name}_{key}.png"))
     print(f"wrote {len(figures)} pictures to {args.out}")
 
 
