@@ -5,7 +5,6 @@ matplotlib figure: a notebook shows the one that ends a cell. A model is any nn.
 decode(z), or decode(z, y) with a one-hot y, gives images; z_dim is 20 and n_classes 10 unless it
 has such attributes.
 """
-import argparse
 import io
 import math
 import socket
@@ -126,16 +125,17 @@ def plot_manifold(model, codes, labels=None, n=10):
 
 
 def plot_curves(history):
-    """A figure of the history's metrics by epoch; a name and name_train share a panel."""
+    """A figure of the history's metrics by epoch; NAME and NAME_train share a panel."""
     panels = {}
     for name in history[0]:
         panels.setdefault(name.removesuffix("_train"), []).append(name)
     panels.pop("seconds", None)
-    rows = math.ceil(len(panels) / 4)
-    figure = plt.figure(figsize=(2.6 * min(4, len(panels)), 2.4 * rows), layout="constrained")
-    for place, (panel, names) in enumerate(panels.items(), start=1):
-        unit = "share" if panel in ("nmi", "acc") else "nats per image"
-        axes = figure.add_subplot(rows, min(4, len(panels)), place, xlabel="epoch", ylabel=unit)
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = plt.figure(figsize=(2.6 * columns, 2.3 * rows), layout="constrained")
+    figure.supylabel("nats per image; nmi, acc: shares", fontsize=10)
+    for place, names in enumerate(panels.values(), start=1):
+        axes = figure.add_subplot(rows, columns, place, xlabel="epoch")
         for name in names:
             values = [metrics[name] for metrics in history]
             axes.plot(range(1, 1 + len(history)), values, ".-", label=name)
@@ -158,11 +158,9 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
         most = 1 if x.dtype.kind == "f" else 255
         if not side or x.shape[1:] not in [(side, side), (side**2,)]:
             raise ValueError(f"x_{part} must be square images, (N, H, H) or (N, H*H): {x.shape}")
-        if x.max() == 1 < most:
-            raise ValueError(f"x_{part} has {x.dtype} from 0 to 1: give floats, or 0 and 255")
-        if not 0 <= x.min() <= x.max() <= most:
-            raise ValueError(f"x_{part} must be integers from 0 to 255 or floats from 0 to 1: "
-                             f"{x.dtype} from {x.min()} to {x.max()}")
+        if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
+            raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 (for "
+                             f"0 and 1, give floats): {x.dtype} from {x.min()} to {x.max()}")
         x = torch.tensor(x.reshape(len(x), -1), dtype=torch.float32, device=device).div_(most)
         tensors.append(x)
         if y is not None:
@@ -230,29 +228,27 @@ def fit_mixture(z, n_components):
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
-        torch.tensor(part).to(z) for part in (fit.weights_, fit.means_, fit.covariances_))
-    gaussians = D.MultivariateNormal(means, scale_tril=torch.linalg.cholesky(covariances))
+        torch.tensor(values).to(z) for values in (fit.weights_, fit.means_, fit.covariances_))
+    gaussians = D.MultivariateNormal(means, covariances)
     return D.MixtureSameFamily(D.Categorical(weights), gaussians)
 
 
 # The plumbing
 
 def number(kind, least, allowed):
-    """An argparse type: a finite number of this kind, from `least`; `allowed` says so."""
+    """An argparse type: a finite number of this kind from `least`; `allowed` says so."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not least <= value < math.inf:  # nan is not, either
-            raise argparse.ArgumentTypeError(f"give {allowed}, not {text!r}")
+            raise ValueError
         return value
+    parse.__name__ = allowed  # argparse quotes it: invalid number > 0 value: '-1'
     return parse
 
 
-count = number(int, 1, "a whole number from 1")
-positive = number(float, sys.float_info.min, "a number above 0")
-weight = number(float, 0, "a number from 0")
+count = number(int, 1, "integer >= 1")
+positive = number(float, sys.float_info.min, "number > 0")
+weight = number(float, 0, "number >= 0")
 
 
 def save(state_dict, path):

@@ -119,7 +119,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images, nats each, by one z each; FloatingPointError if not finite."""
+    """Metrics of the test images by one z each; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)

@@ -183,16 +183,14 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             total += (recon + kl + kl_c).detach() * len(x)  # stays on the device: no wait
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
-        print(f"epoch {epoch:3}", *(f" {name} {value:.2f}" for name, value in history[-1].items()))
+        print(f"epoch {epoch:3}", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
+                    for name, value in history[-1].items()))
     return history
 
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images, nats each, by one z and c each; labels are used here only.
-
-    Raises FloatingPointError if the loss is not finite.
-    """
+    """Metrics of the test images by one z and c each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
@@ -215,7 +213,7 @@ def evaluate(model, data, prior=None, seed=0):
         log_normal = Normal(0.0, 1.0).log_prob(z).sum()
         log_prior = sum(own.log_prob(z[c == k]).sum() for k, own in enumerate(prior))
         metrics["nelbo_fitted"] = nelbo + (log_normal - log_prior).item() / len(z)
-    if data.y_test is not None:
+    if data.y_test is not None:  # labels are used here only
         metrics.update(score(data.y_test.cpu(), log_q.argmax(1).cpu()))
     return metrics
 
@@ -292,7 +290,8 @@ def main(argv=()):
     common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything can fail
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
-    print("test", *(f" {name} {value:.2f}" for name, value in metrics.items()))
+    print("test", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
+          for name, value in metrics.items()))
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"gumbel_vae_{name}.png")
         print("wrote", out / f"gumbel_vae_{name}.png")

@@ -110,7 +110,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images, nats each, by one z each; FloatingPointError if not finite."""
+    """Metrics of the test images by one z each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     generator = torch.Generator("cpu").manual_seed(seed)
