@@ -113,8 +113,8 @@ def plot_manifold(model, codes, labels=None, n=10):
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4), layout="constrained")
     grid = tile(model.decode(z.to(codes.device)), n)
     left.imshow(grid, cmap="gray_r", interpolation="nearest", extent=(0, 1, 0, 1))
-    colours = None if labels is None else labels.cpu()
-    dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.3, c=colours, cmap="tab10")
+    colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
+    dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.3, **colours)
     if labels is not None:
         figure.legend(*dots.legend_elements(), loc="outside right center", title="label")
     for axes in left, right:

@@ -135,7 +135,7 @@ def warp(x):
 
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
-          objective="clustering", gamma=400.0, read_weight=25.0, tau=0.5):
+          objective="clustering", gamma=400.0, read_weight=15.0, tau=0.5):
     """Minimises the objective's loss; returns the history, a dict of metrics per epoch."""
     if objective not in ("elbo", "capacity", "clustering"):
         raise ValueError(f"the objective {objective!r} is none of elbo, capacity, clustering")
@@ -264,7 +264,7 @@ def options():
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="what becomes of the KL terms")
     add("--gamma", type=common.weight, default=400.0, help="weight of clustering")
-    add("--read-weight", type=common.weight, default=25.0, help="weight of read_back")
+    add("--read-weight", type=common.weight, default=15.0, help="weight of read_back")
     add("--tau", type=common.positive, default=0.5, help="temperature of the Gumbel-softmax")
     add("--n-classes", type=common.count, default=10, help="clusters; ACC: 10")
     add("--z-dim", type=common.count, default=20, help="dimensions of z")
