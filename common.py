@@ -62,7 +62,7 @@ def plot_reconstruction(model, x, y=None, title="images above their reconstructi
 
 
 def draw_codes(model, n, prior=None):
-    """n codes z (n, z_dim) from N(0, I) or from the prior; from a list of them, a row for each."""
+    """Codes z (n, z_dim) from N(0, I) or a prior; from a list of them, n of each class's own."""
     if isinstance(prior, list):
         return torch.stack([draw_codes(model, n, own) for own in prior])  # (n_classes, n, z_dim)
     z = torch.randn(n, getattr(model, "z_dim", 20)) if prior is None else prior.sample((n,))
@@ -86,10 +86,7 @@ def plot_generation(model, n=24, prior=None, title="generated images"):
 
 def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="a class per row",
                                 symbol="y"):
-    """A figure with a class per row, n images in each; or n of the class fix_number.
-
-    A column has one z from N(0, I) or `prior`. With a list of priors, each class draws its own.
-    """
+    """A figure with a class per row, n images in each, one z down a column; or n of fix_number."""
     images = decode_classes(model, draw_codes(model, n, prior))
     if fix_number is not None:
         return show(images[fix_number], title)
@@ -130,12 +127,10 @@ def plot_curves(history):
     for name in history[0]:
         panels.setdefault(name.removesuffix("_train"), []).append(name)
     panels.pop("seconds", None)
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = plt.figure(figsize=(2.6 * columns, 2.3 * rows), layout="constrained")
-    figure.supylabel("nats per image; nmi, acc: shares", fontsize=10)
+    figure = plt.figure(figsize=(2.4 * len(panels), 2.4), layout="constrained")
+    figure.supylabel("nats per image; nmi, acc: shares", fontsize=8)
     for place, names in enumerate(panels.values(), start=1):
-        axes = figure.add_subplot(rows, columns, place, xlabel="epoch")
+        axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
         for name in names:
             values = [metrics[name] for metrics in history]
             axes.plot(range(1, 1 + len(history)), values, ".-", label=name)

@@ -8,10 +8,9 @@ handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), and passes a grad
 and --objective says what becomes of its KLs:
 
     elbo        Both stay, KL(z) weighted by beta. At beta = 1, c stays nearly empty.
-    capacity    Both are pulled to capacities, with --beta 30. c must be sure, but of what?
-    clustering  KL(z) stays. c must be the same for a warped x, sure, and use all clusters: this
-                finds the digits, but the decoder often disobeys c. --beta 4 is a dear cure,
-                read_back a cheap one: what is drawn for c must be read as c.
+    capacity    Both are pulled to set values; use --beta 30. c is used, but for what is left open.
+    clustering  KL(z) stays. c is to be the same for a warped x, sure, and to use all clusters: this
+                finds the digits. What is drawn for c is to be read as c: the decoder obeys c.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -30,7 +29,6 @@ from scipy.optimize import linear_sum_assignment  # scipy comes with scikit-lear
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import nn
-from torch.distributions import Normal
 
 import common
 
@@ -116,8 +114,8 @@ def warp(x):
     """Tx (N, 784): square images, each a little stretched, slanted, turned, shifted and bent."""
     n = len(x)
     side = math.isqrt(x.shape[1])
-    # Where a pixel comes from is a weighted sum: of its column, its row and 1, which make an affine
-    # map, and of 16 bumps. As one product of matrices, that is fast.
+    # Where a pixel comes from is a weighted sum of its column, its row, 1, and 16 bumps: one
+    # product of matrices, many times faster than affine_grid and interpolate.
     line = torch.linspace(1 / side - 1, 1 - 1 / side, side, device=x.device)  # (28,), in (-1, 1)
     row, column = torch.meshgrid(line, line, indexing="ij")  # (28, 28), (28, 28)
     plane = torch.stack([column, row, torch.ones_like(row)]).flatten(1)  # (3, 784)
@@ -125,8 +123,7 @@ def warp(x):
     bump = F.interpolate(bump, (4, side), mode="bicubic", align_corners=True)[0, 0]  # (4, 28)
     basis = torch.cat([plane, torch.kron(bump, bump)])  # (19, 784)
     # Stretch by up to 10 %, slant by 11 degrees, turn by 15, shift by 2 pixels of 28:
-    uniform = 2 * torch.rand(6, n, device=x.device) - 1
-    stretch_x, stretch_y, slant, turn, right, down = uniform
+    stretch_x, stretch_y, slant, turn, right, down = 2 * torch.rand(6, n, device=x.device) - 1
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * slant - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(n, 2, 3)
     bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # bumps of 0.7 pixels (sd)
@@ -210,7 +207,7 @@ def evaluate(model, data, prior=None, seed=0):
     i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c)
     metrics = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "nelbo": nelbo}
     if prior is not None:  # in place of N(0, I)
-        log_normal = Normal(0.0, 1.0).log_prob(z).sum()
+        log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_prior = sum(own.log_prob(z[c == k]).sum() for k, own in enumerate(prior))
         metrics["nelbo_fitted"] = nelbo + (log_normal - log_prior).item() / len(z)
     if data.y_test is not None:  # labels are used here only

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributions import Normal
 
 import common
 
@@ -122,7 +121,7 @@ def evaluate(model, data, prior=None, seed=0):
         raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
     if prior is not None:  # in place of N(0, I)
-        log_normal = Normal(0.0, 1.0).log_prob(z).sum()
+        log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
     return metrics
