@@ -43,9 +43,10 @@ def tile(images, columns):
 
 def show(images, title="", columns=8, row_labels=()):
     """A figure of images (N, 784) in rows of `columns`, dark ink on white."""
-    grid, rows = tile(images, columns), math.ceil(len(images) / columns)
-    inches = max(4, 0.6 * min(columns, len(images))), 0.6 * rows + 0.3
-    figure, axes = plt.subplots(figsize=inches, layout="constrained")
+    grid = tile(images, columns)
+    rows = math.ceil(len(images) / columns)
+    width = 0.6 * min(columns, len(images)) + 0.5 * bool(row_labels)  # inches
+    figure, axes = plt.subplots(figsize=(max(4, width), 0.6 * rows + 0.3), layout="constrained")
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=10, loc="left")
     centres = (np.arange(len(row_labels)) + 0.5) * len(grid) / rows
@@ -107,11 +108,11 @@ def plot_manifold(model, codes, labels=None, n=10):
     normal = D.Normal(0.0, 1.0)
     ticks = (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
     grid = tile(model.decode(z.to(codes.device)), n)
     left.imshow(grid, cmap="gray_r", interpolation="nearest", extent=(0, 1, 0, 1))
     colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
-    dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.3, **colours)
+    dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.2, antialiased=False, **colours)
     if labels is not None:
         figure.legend(*dots.legend_elements(), loc="outside right center", title="label")
     for axes in left, right:
