@@ -156,7 +156,8 @@ def test_read_back():
     model.cluster = lambda x: told.append(x) or gumbel_vae.GumbelVAE.cluster(model, x)
     loss = gumbel_vae.read_back(model, torch.zeros(50, 20), k)
     x = told[0].view(50, 28, 28)
-    assert_close(x[:, 14, 14], 0.3 + 0.05 * k) and (x[:, 0, 0] == 0).any()  # drawn for k, warped
+    assert_close(x[:, 14, 14], 0.3 + 0.05 * k)  # drawn for k
+    assert (x[:, 0, 0] == 0).any()  # and warped
     assert_close(loss, -D.Categorical(logits=model.cluster(told[0])).log_prob(k).mean())
 
 
