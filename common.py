@@ -110,7 +110,7 @@ def plot_manifold(model, codes, labels=None, n=10):
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
     grid = tile(model.decode(z.to(codes.device)), n)
-    left.imshow(grid, cmap="gray_r", interpolation="nearest", extent=(0, 1, 0, 1))
+    left.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, 1, 0, 1))
     colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
     dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.2, antialiased=False, **colours)
     if labels is not None:

@@ -169,7 +169,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
                 pulls = abs(kl - 2.0 * progress) + abs(kl_c - math.log(model.n_classes) * progress)
                 loss = recon + beta * pulls  # Dupont 2018, equation 7
             else:
-                codes = z[::8].detach()  # and as many from N(0, I), each with a random k
+                codes = z[::8].detach()  # of an eighth of the batch, and as many from N(0, I)
                 codes = torch.cat([codes, torch.randn_like(codes)])
                 k = torch.randint(model.n_classes, (len(codes),), device=x.device)
                 loss = recon + weight * kl + gamma * clustering(log_q, log_q_warped)
@@ -192,7 +192,7 @@ def evaluate(model, data, prior=None, seed=0):
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)  # as on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     q = log_q.exp().nan_to_num(1.0).cpu()  # nan is refused below
@@ -217,7 +217,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 
 def score(labels, clusters):
-    """NMI of labels and clusters (N,), and ACC, by one cluster per label: 20 pure ones have 0.5."""
+    """NMI of labels and clusters (N,), and ACC: the share in the cluster matched to their label."""
     counts = contingency_matrix(labels, clusters)
     return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
             "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(labels)}
@@ -239,14 +239,14 @@ def make_figures(model, data, prior, history):
     """This script's pictures: a dict of figures by name."""
     x = data.x_test[:12]
     plot = common.plot_conditional_generation
-    fitted = plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c")
-    fitted.set_size_inches(6.1, 3)  # for 28 pixels a digit
-    return {
+    figures = {
         "reconstruction": common.plot_reconstruction(model, x),
         "generation": plot(model, title="z ~ N(0, I), the same down a column", symbol="c"),
-        "fitted": fitted,
+        "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c"),
         "handwriting": common.plot_handwriting(model, x),
         "loss": common.plot_curves(history)}
+    figures["fitted"].set_size_inches(6.1, 3)  # for 28 pixels a digit
+    return figures
 
 
 def options():
@@ -258,13 +258,13 @@ def options():
     add("--epochs", type=common.count, default=15, help="passes over the training images")
     add("--batch-size", type=common.count, default=128, help="images per step")
     add("--lr", type=common.positive, default=6e-3, help="peak learning rate")
-    add("--beta", type=common.weight, default=1.0, help="weight of KL(z); of capacity")
+    add("--beta", type=common.weight, default=1.0, help="weight of KL(z); capacity: take 30")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="what becomes of the KL terms")
     add("--gamma", type=common.weight, default=400.0, help="weight of clustering")
     add("--read-weight", type=common.weight, default=15.0, help="weight of read_back")
     add("--tau", type=common.positive, default=0.5, help="temperature of the Gumbel-softmax")
-    add("--n-classes", type=common.count, default=10, help="clusters; ACC: 10")
+    add("--n-classes", type=common.count, default=10, help="clusters")
     add("--z-dim", type=common.count, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
