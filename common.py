@@ -123,19 +123,13 @@ def plot_manifold(model, codes, labels=None, n=10):
 
 
 def plot_curves(history):
-    """A figure of the history's metrics by epoch; NAME and NAME_train share a panel."""
-    panels = {}
-    for name in history[0]:
-        panels.setdefault(name.removesuffix("_train"), []).append(name)
-    panels.pop("seconds", None)
-    figure = plt.figure(figsize=(2.4 * len(panels), 2.4), layout="constrained")
-    figure.supylabel("nats per image; nmi, acc: shares", fontsize=8)
-    for place, names in enumerate(panels.values(), start=1):
-        axes = figure.add_subplot(1, len(panels), place, xlabel="epoch")
-        for name in names:
-            values = [metrics[name] for metrics in history]
-            axes.plot(range(1, 1 + len(history)), values, ".-", label=name)
-        axes.legend()
+    """A figure of the -ELBO of training and test images, by epoch."""
+    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    for name, images in ("nelbo_train", "training images"), ("nelbo", "test images"):
+        values = [metrics[name] for metrics in history]
+        axes.plot(range(1, 1 + len(history)), values, ".-", label=images)
+    axes.set(xlabel="epoch", ylabel="-ELBO, nats per image")
+    axes.legend()
     plt.close(figure)
     return figure
 
@@ -219,8 +213,7 @@ def fit_mixture(z, n_components):
     if n_components == 0:
         print(f"{n} codes are too few to fit a Gaussian: N(0, I) stays")
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
-    # tol ends it after about two steps of EM; all of them would gain little. The least variance,
-    # reg_covar, keeps single precision stable, whatever the scale of z.
+    # tol ends EM early. The least variance, reg_covar, keeps single precision stable at any scale.
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
