@@ -173,13 +173,13 @@ def load_mnist(root="data", device="cpu"):
         raise OSError(f"no MNIST in {folder}, but there is {near[0]}: give what holds MNIST/raw")
     folder.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang us
+    socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang
     try:
         train, test = (MNIST(root, train, download=True) for train in (True, False))
         if train.data.shape[1:] != (28, 28) or train.targets.max() > 9:
             raise ValueError("no 28x28 images with labels from 0 to 9")
         data = make_data(train.data, train.targets, test.data, test.targets, "MNIST")
-    except Exception as error:  # torchvision raises all sorts of them
+    except Exception as error:  # torchvision raises all sorts
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
             raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
