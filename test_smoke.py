@@ -277,6 +277,7 @@ def test_forward_and_each_metric_agree_with_the_bound(script, data):
         model.to_cluster_logits.weight.mul_(10)
         model.from_latent.weight[:, 20:].mul_(10)
     x_reconst, mu, log_var, *log_q = model(x, *[common.one_hot(y)] * (script is cvae))
+    assert abs(x_reconst.mean() - 0.13) < 0.05  # it starts from MNIST's mean pixel
     q, p = D.Normal(mu, torch.exp(log_var / 2)), D.Normal(0.0, 1.0)
     recon = F.binary_cross_entropy(x_reconst, x, reduction="sum").item() / len(x)
     kl = D.kl_divergence(q, p).sum(1).mean().item()
