@@ -2,6 +2,7 @@
 import copy
 import inspect
 import math
+import os
 import re
 import runpy
 import shlex
@@ -30,10 +31,9 @@ import vae
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 MODELS = {vae: vae.VAE, cvae: cvae.CVAE, gumbel_vae: gumbel_vae.GumbelVAE}
-three_scripts = {"params": MODELS, "ids": lambda script: script.__name__}
 
 
-@pytest.fixture(**three_scripts)
+@pytest.fixture(params=MODELS, ids=lambda script: script.__name__)
 def script(request):
     """Whatever takes this runs three times: for vae, for cvae and for gumbel_vae."""
     return request.param
@@ -270,7 +270,7 @@ def test_cuda_gives_the_losses_of_the_cpu(script, few, tmp_path):
 @torch.no_grad()
 def test_forward_and_each_metric_agree_with_the_bound(script, data):
     torch.manual_seed(0)
-    model, x, y = MODELS[script](), data.x_train.repeat(30, 1), data.y_train.repeat(30)
+    model, x, y = MODELS[script](), data.x_train.repeat(10, 1), data.y_train.repeat(10)
     data, k = data._replace(x_test=x, y_test=y), 0 * y if script is vae else y
     model.to_log_var.bias.fill_(-2)  # sigma is not 1
     if script is gumbel_vae:  # c is unsure, and each draws differently
@@ -315,7 +315,7 @@ def test_fit_prior_takes_a_sampled_code_of_each_training_image_of_its_class(scri
     if script is vae:
         z, weights = x[:, :2] + torch.randn(4000, 2), group.bincount() / 4000  # .1, .1, .1, .7
         truth = D.Normal(x[:, :2], 1.0).log_prob(z).sum(1) + weights[group].log()
-        assert abs(prior.log_prob(z).mean() - truth.mean()) < 0.1
+        assert abs(prior.log_prob(z).mean() - truth.mean()) < 0.2
         return
     of = y if script is cvae else group
     assert_close(torch.stack([own.mean[0] for own in prior])[of], x[:, 0], atol=0.4, rtol=0)
@@ -464,31 +464,35 @@ def test_images_without_labels(data):
 
 # The command line
 
-@pytest.fixture(scope="session", **three_scripts)
-def run(request, tmp_path_factory):
-    """Each script once, as a user starts it: the script, what it prints, its files, the data."""
-    script, folder = request.param, write_mnist(tmp_path_factory.mktemp("digits"))
-    out = tmp_path_factory.mktemp("samples") / "of" / "mine"
-    words = [f"{script.__name__}.py", "--data", folder, "--out", out, "--epochs", "4"]
-    words += ["--beta", "1"] * (script is cvae)
-    done = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return script, done.stdout.splitlines(), out, common.load_mnist(folder)
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Each script once, as a user starts it, all at the same time; the folder of their data."""
+    folder, runs = write_mnist(tmp_path_factory.mktemp("digits")), {}
+    for script, more in (gumbel_vae, []), (vae, []), (cvae, ["--beta", "1"]):
+        out = tmp_path_factory.mktemp("samples") / "of" / "mine"
+        words = [f"{script.__name__}.py", "--data", folder, "--out", out, "--epochs", "3", *more]
+        runs[script] = out, subprocess.Popen(
+            [sys.executable, *words], cwd=HERE, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return runs, folder
 
 
-def test_a_run_learns_says_what_it_does_and_leaves_its_files(run):
-    script, lines, out, data = run
+def test_a_run_learns_says_what_it_does_and_leaves_its_files(script, runs):
+    out, process = runs[0][script]
+    lines, data = process.communicate()[0].splitlines(), common.load_mnist(runs[1])
+    assert process.returncode == 0
     assert {"MNIST,", "14,980", "299"} <= set(lines[0].split()) and "minimises" in lines[0]
-    assert [line[:9] for line in lines[1:5]] == [f"epoch   {k}" for k in (1, 2, 3, 4)]
+    assert [line[:9] for line in lines[1:4]] == ["epoch   1", "epoch   2", "epoch   3"]
     names = ["reconstruction", "generation", "fitted", "handwriting", "loss"]
     names = [f"_{name}.png" for name in names if script is not vae or name != "handwriting"]
     paths = [out / f"{script.__name__}{name}" for name in (".pt", *names)]
-    assert [lines[5], *lines[7:]] == [f"wrote {path}" for path in paths]
+    wrote, test, *pictures = lines[-1 - len(paths):]
+    assert [wrote, *pictures] == [f"wrote {path}" for path in paths]
     assert sorted(out.iterdir()) == sorted(paths)
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:])
     mean = data.x_train.mean(0).clamp(1e-3, 1 - 1e-3).expand_as(data.x_test)
     bound = F.binary_cross_entropy(mean, data.x_test, reduction="sum").item() / 299
-    printed = {name: float(value) for name, value in re.findall(r"(\w+) (-?[\d.]+)", lines[6])}
+    printed = {name: float(value) for name, value in re.findall(r"(\w+) (-?[\d.]+)", test)}
     assert printed["nelbo_fitted"] < printed["nelbo"] < bound - 20
     model, digit = MODELS[script](), torch.arange(10)
     model.load_state_dict(torch.load(paths[0]))
@@ -498,12 +502,12 @@ def test_a_run_learns_says_what_it_does_and_leaves_its_files(run):
     if script is gumbel_vae:
         c = model.cluster(data.x_train).argmax(1)
         digit = torch.stack([data.y_train[c == k].bincount(minlength=10).argmax() for k in digit])
-        assert printed["acc"] > 0.7 and len(set(digit.tolist())) > 7
+        assert printed["acc"] > 0.65 and len(set(digit.tolist())) > 7
     reader = KNeighborsClassifier(3).fit(data.x_train[:1498], data.y_train[:1498])
     for prior in script.fit_prior(model, data), None:
         images = common.decode_classes(model, common.draw_codes(model, 50, prior)).flatten(0, 1)
         read = torch.tensor(reader.predict(images)).view(10, 50)
-        least = 0.8 if prior else 0.3 if script is cvae else 0.7
+        least = 0.6 if script is gumbel_vae else 0.95 if prior else 0.8
         assert (read == digit[:, None]).float().mean() > least
 
 
