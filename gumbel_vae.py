@@ -182,7 +182,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
-                    for name, value in history[-1].items()))
+                                    for name, value in history[-1].items()))
     return history
 
 
@@ -280,7 +280,7 @@ def main(argv=()):
     out.mkdir(parents=True, exist_ok=True)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          f"minimises the loss of {args.objective}")
+          f"minimises the loss of --objective {args.objective}")
     torch.manual_seed(args.seed)
     model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta,
@@ -289,7 +289,7 @@ def main(argv=()):
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
-          for name, value in metrics.items()))
+                    for name, value in metrics.items()))
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"gumbel_vae_{name}.png")
         print("wrote", out / f"gumbel_vae_{name}.png")
