@@ -109,7 +109,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl).detach() * len(x)  # stays on the device: no wait
+            total += (recon + kl).detach() * len(x)  # on the device: no step waits
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.2f}" for name, value in history[-1].items()))
@@ -118,11 +118,11 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images by one z each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, by one z each; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
-    generator = torch.Generator("cpu").manual_seed(seed)  # as on any device
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z, y), data.x_test).item()
@@ -143,8 +143,8 @@ def evaluate(model, data, prior=None, seed=0):
 def fit_prior(model, data, n_components=10):
     """A prior p(z|y) that fits: a list of mixtures, one over the codes of each label's images."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
-    own = [codes[data.y_train == k] for k in range(model.n_classes)]
-    return [common.fit_mixture(z, n_components) for z in own]
+    groups = [codes[data.y_train == k] for k in range(model.n_classes)]
+    return [common.fit_mixture(z, n_components) for z in groups]
 
 
 @torch.no_grad()

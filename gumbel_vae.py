@@ -178,7 +178,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl + kl_c).detach() * len(x)  # stays on the device: no wait
+            total += (recon + kl + kl_c).detach() * len(x)  # on the device: no step waits
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
@@ -188,11 +188,11 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images by one z and c each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, by one z and c each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
-    generator = torch.Generator("cpu").manual_seed(seed)  # as on any device
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     q = log_q.exp().nan_to_num(1.0).cpu()  # nan is refused below
@@ -230,8 +230,8 @@ def fit_prior(model, data, n_components=10):
     """A prior p(z|c) that fits: a list of mixtures, one over the codes of each cluster's images."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     clusters = torch.cat([model.cluster(x).argmax(1) for x in data.x_train.split(10000)])
-    own = [codes[clusters == k] for k in range(model.n_classes)]
-    return [common.fit_mixture(z, n_components) for z in own]
+    groups = [codes[clusters == k] for k in range(model.n_classes)]
+    return [common.fit_mixture(z, n_components) for z in groups]
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl).detach() * len(x)  # stays on the device: no wait
+            total += (recon + kl).detach() * len(x)  # on the device: no step waits
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.2f}" for name, value in history[-1].items()))
@@ -109,10 +109,10 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Metrics of the test images by one z each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, by one z each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
-    generator = torch.Generator("cpu").manual_seed(seed)  # as on any device
+    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z), data.x_test).item()
@@ -122,7 +122,7 @@ def evaluate(model, data, prior=None, seed=0):
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
     if prior is not None:  # in place of N(0, I)
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
-        log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))
+        log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))  # saves memory
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
     return metrics
 
