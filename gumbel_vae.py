@@ -181,8 +181,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             total += (recon + kl + kl_c).detach() * len(x)  # on the device: no step waits
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
-        print(f"epoch {epoch:3}", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
-                                    for name, value in history[-1].items()))
+        print(f"epoch {epoch:3}", *(f" {name} {value:.3f}" for name, value in history[-1].items()))
     return history
 
 
@@ -288,8 +287,7 @@ def main(argv=()):
     common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything can fail
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
-    print("test", *(f" {name} {value:.{4 if name in ('nmi', 'acc') else 2}f}"
-                    for name, value in metrics.items()))
+    print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"gumbel_vae_{name}.png")
         print("wrote", out / f"gumbel_vae_{name}.png")
