@@ -33,7 +33,7 @@ DIGITS = common.bundled_digits()
 
 @pytest.fixture(params=MODELS, ids=lambda script: script.__name__)
 def script(request):
-    """A test that takes this runs for vae, for cvae and for gumbel_vae."""
+    """A test that takes this runs for each script."""
     return request.param
 
 
@@ -64,7 +64,7 @@ def start(script, *words):
 
 
 class Toy(torch.nn.Module):
-    """Draws images of one tone, set by y and by two numbers of z, by the first above all."""
+    """Draws images of one tone, set by y and two numbers of z, above all by the first."""
     def __init__(self):
         super().__init__()
         self.z_dim, self.n_classes, self.weight = 2, 10, torch.nn.Parameter(torch.ones(1))
@@ -77,7 +77,7 @@ class Toy(torch.nn.Module):
 
     def decode(self, z, y=torch.ones(1, 1)):
         tone = 0.3 + 0.1 * z[:, :1] + 0.01 * z[:, 1:2] + 0.05 * y.argmax(1, keepdim=True)
-        return tone.expand(-1, 784).view(-1, 1, 28, 28)  # in a shape that some prefer
+        return tone.expand(-1, 784).view(-1, 1, 28, 28)  # as some shape it
 
     def forward(self, x, *y):
         return self.decode(x, *y), *self.encode(x)
@@ -172,10 +172,10 @@ def test_warp_stretches_slants_turns_shifts_and_bends():
     sd = torch.tensor([1.23, 1.23, 0.08, 0.08, 0.16, 0.14])
     assert_close(seen.cov() / sd / sd[:, None], torch.eye(6), atol=0.2, rtol=0)  # each its own
     assert (abs(seen.mean(1)) < 0.1 * sd).all()
-    assert 0.01 < abs(came.diff(n=2)).median() < 0.03  # an unbent image has none
+    assert 0.01 < abs(came.diff(n=2)).median() < 0.03  # 0 if unbent
 
 
-# The training
+# The training, and what comes after it
 
 @pytest.mark.parametrize("script, options", [
     (vae, {}), (cvae, {"beta": 5.0}),
@@ -187,7 +187,7 @@ def test_training_goes_as_by_hand(script, options, data):
     model = MODELS[script](h_dim=32, z_dim=5)
     history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
     torch.manual_seed(0)
-    twin = MODELS[script](h_dim=32, z_dim=5)  # the same, then the same noise
+    twin = MODELS[script](h_dim=32, z_dim=5)  # the same noise
     optimizer = torch.optim.Adam(twin.parameters())
     beta = options.get("beta", 1)
     for epoch, metrics in enumerate(history):
@@ -224,19 +224,19 @@ def test_training_goes_as_by_hand(script, options, data):
         assert {**metrics, **expected} == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
-def test_no_step_leaves_the_device_or_waits_for_it(script, data, monkeypatch):
-    # Meta tensors hold no numbers, and refuse .item() and tensors of other devices.
+def test_no_step_leaves_the_device_or_waits(script, data, monkeypatch):
+    # Meta tensors hold no numbers; they refuse .item() and other devices.
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused: torch.optim.SGD(parameters))
     with torch.device("meta"):
         model, steps = MODELS[script](), []
     model.to_hidden.register_forward_hook(lambda layer, given, h: steps.append(len(h)))
     with pytest.raises(RuntimeError, match="meta"):
         script.train(model, common.Data(*(part.to("meta") for part in data[:4]), ""), 1, 64)
-    assert steps == [64] * 4 + [44]  # only the end of an epoch asks for a number
+    assert steps == [64] * 4 + [44]  # only an epoch's end asks for a number
 
 
 @torch.no_grad()
-def test_each_metric_agrees_with_the_bound_and_forward(script, data):
+def test_each_metric_agrees_with_the_bound(script, data):
     torch.manual_seed(0)
     model, x, y = MODELS[script](), data.x_train.repeat(10, 1), data.y_train.repeat(10)
     model.to_log_var.bias.fill_(-2)  # sigma is not 1
@@ -244,9 +244,9 @@ def test_each_metric_agrees_with_the_bound_and_forward(script, data):
         model.to_cluster_logits.weight.mul_(10)
         model.from_latent.weight[:, 20:].mul_(10)
     x_reconst, mu, log_var, *log_q = model(x, *[common.one_hot(y)] * (script is cvae))
-    assert abs(x_reconst.mean() - 0.13) < 0.05  # it starts from MNIST's mean pixel
+    assert abs(x_reconst.mean() - 0.13) < 0.05  # MNIST's mean pixel
     terms = {"recon": F.binary_cross_entropy(x_reconst, x, reduction="sum").item() / len(x),
-                "kl": script.gaussian_kl(mu, log_var).item()}
+             "kl": script.gaussian_kl(mu, log_var).item()}
     of, more = 0 * y if script is vae else y, {}
     if script is gumbel_vae:
         c = D.Categorical(logits=log_q[0])
@@ -269,10 +269,8 @@ def test_each_metric_agrees_with_the_bound_and_forward(script, data):
     assert (one != two) == (script is gumbel_vae)
 
 
-# The prior, the pictures and the data
-
-def test_fit_prior_takes_sampled_codes_of_its_own_class(script):
-    group = torch.cat([torch.arange(3600) % 9, torch.full((30,), 9)])  # 30 are too few
+def test_fit_prior_takes_codes_of_its_own_class(script):
+    group = torch.cat([torch.arange(3600) % 9, torch.full((30,), 9)])  # 30: too few
     group = group.clamp(max=3) if script is vae else group
     x = group[:, None] * torch.tensor([10.0, 10.0, 0.1])  # in Toy, z ~ N(10 * group, I), c = group
     y = (group + 3) % 10
@@ -286,15 +284,16 @@ def test_fit_prior_takes_sampled_codes_of_its_own_class(script):
     moments = torch.stack([torch.cat([own.mean, own.variance]) for own in prior])  # (3630, 4)
     truth = torch.cat([x[:, :2] * (group[:, None] < 9), torch.ones(3630, 2)], 1)
     assert_close(moments, truth, atol=0.4, rtol=0)
+    common.fit_mixture(torch.randn(80, 2, requires_grad=True), 2)
 
 
-def test_the_helpers_take_the_courses_models_and_calls():
+def test_helpers_take_the_courses_models():
     model = Toy()
     del model.z_dim, model.n_classes  # the course's models have none: 20 and 10
     figure = common.plot_conditional_generation(model, n=240, fix_number=2)
     assert abs(tones(figure).mean() - 0.4) < 0.03 and abs(tones(figure).std() - 0.1) < 0.02
     assert figure.axes[0].images[0].to_rgba([0.0, 1.0])[:, 0].tolist() == [1, 0]  # dark on light
-    with pytest.raises(ValueError, match="no square images"):
+    with pytest.raises(ValueError, match="no square"):
         common.show(torch.rand(2, 60))
 
 
@@ -351,6 +350,7 @@ def test_without_a_download_the_bundled_digits_are_read(data, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("change, says", [
+    ({"x_train": -torch.rand(4, 4)}, "floats from 0 to 1"),
     ({"x_test": torch.full((4, 4), math.nan)}, "x_test must be .* from nan to nan"),
     ({"x_train": torch.ones(4, 4, dtype=torch.uint8)}, "for 0 and 1, give floats"),
     ({"x_train": torch.rand(0, 4)}, "square images"), ({"x_test": torch.rand(4, 8)}, "square"),
@@ -380,30 +380,30 @@ def test_labels_may_be_missing_and_mistakes_are_named(data):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A folder where a user has started the three scripts, all at once."""
+    """Each script as a user starts it, all at once: its folder and process."""
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
-    for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta", "1"]):
-        runs[script] = subprocess.Popen(
-            [sys.executable, script.__file__, "--epochs", "3", *words], cwd=folder, text=True,
-            stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return folder, runs
+    for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
+        words = [script.__file__, "--epochs=3", "--out=of/mine", *words]
+        runs[script] = folder, subprocess.Popen(
+            [sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return runs
 
 
 def test_a_run_learns_and_leaves_its_files(script, runs):
-    folder, printed = runs[0], runs[1][script].communicate()[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder, run = runs[script]
+    printed, device = run.communicate()[0], "cuda" if torch.cuda.is_available() else "cpu"
     assert printed.startswith(f"MNIST, 14,980 + 299 images, on {device}: minimises ")
-    assert re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
-    before, after = printed.split("\ntest ")
-    [weights], pictures = (re.findall("wrote (.*)", part) for part in (before, after))
-    wrote = {folder / path for path in (weights, *pictures)}
-    assert wrote == {*folder.glob(f"samples/{script.__name__}[._]*")}
+    assert run.returncode == 0 and re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
+    wrote = [folder / path for path in re.findall("wrote (.*)", printed)]
+    assert {*wrote} == {*folder.glob(f"of/mine/{script.__name__}[._]*")}
+    after = printed.split("\ntest ")[1]
     test = {name: float(value) for name, value in re.findall(r"(\w+) (-?[\d.]+)", after)}
     data, model, digit = common.load_mnist(folder / "data"), MODELS[script](), torch.arange(10)
     mean = data.x_train.mean(0).logit(eps=1e-3).expand_as(data.x_test)
     assert test["nelbo_fitted"] < test["nelbo"] < script.reconstruction(mean, data.x_test) - 20
-    model.load_state_dict(torch.load(folder / weights))
+    model.load_state_dict(torch.load(wrote[0]))
     assert script.evaluate(model, data)["nelbo"] == pytest.approx(test["nelbo"], abs=0.01)
     if script is vae:
         return
@@ -418,11 +418,11 @@ def test_a_run_learns_and_leaves_its_files(script, runs):
         assert reader.score(images, digit.repeat_interleave(50)) > least
 
 
-def test_options_reach_train_and_no_fault_costs_the_weights(script, data, monkeypatch):
+def test_options_reach_train_and_no_fault_costs_weights(script, data, monkeypatch):
     with pytest.raises(SystemExit, match="diverged"):
         start(script, "--lr=1e30")
     signature, train = inspect.signature(script.train), Mock()
-    faults = Mock(side_effect=[KeyboardInterrupt, KeyError, OSError])
+    faults = Mock(side_effect=[KeyboardInterrupt, KeyError("own"), OSError("full")])
     monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "fit_prior", faults)
     defaults = {name: p.default for name, p in [*signature.parameters.items()][2:]}
@@ -431,8 +431,8 @@ def test_options_reach_train_and_no_fault_costs_the_weights(script, data, monkey
     changed.update({"objective": "elbo", "tau": 0.1} if script is gumbel_vae else {})
     words = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
     words += ["--z-dim=7", *["--n-classes=12"] * (script is gumbel_vae)]
-    for seed, ends in (1, SystemExit), (2, KeyError), (1, SystemExit):
-        with pytest.raises(ends):
+    for seed, ends, says in (1, SystemExit, "130"), (2, KeyError, "own"), (1, SystemExit, "full"):
+        with pytest.raises(ends, match=says):
             start(script, *words, f"--seed={seed}")
     assert changed.items() <= signature.bind(*train.call_args.args).arguments.items()
     one, two, same = (call.args[0] for call in train.call_args_list)
@@ -442,7 +442,7 @@ def test_options_reach_train_and_no_fault_costs_the_weights(script, data, monkey
 
 
 def test_weights_survive_a_full_disk_and_load_without_a_gpu(data):
-    on_gpu = Mock(cpu=lambda: torch.ones(2))  # as far as common.save can tell
+    on_gpu = Mock(cpu=lambda: torch.ones(2))  # for common.save
     common.save({"bias": on_gpu}, "vae.pt")
     resource = pytest.importorskip("resource")  # a file too large is like a full disk
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -459,7 +459,7 @@ def test_weights_survive_a_full_disk_and_load_without_a_gpu(data):
     *((option, option.split()[0]) for option in (
         "--epochs 0", "--z-dim 1.5", "--batch-size -1", "--lr 0", "--lr nan", "--beta -1",
         "--gamma inf", "--read-weight -1", "--tau 0", "--n-classes 0")),
-    ("--out FILE", "File exists"), ("--data FILE", "FILE"),
+    ("--lr 1e30", "diverged"), ("--out FILE", "File exists"), ("--data FILE", "FILE"),
     ("--data OTHER", "call common.make_data"), ("--data data/MNIST", "but there is data/MNIST/raw"),
     ("--data data/MNIST/raw", "give what holds MNIST/raw"), ("--data .", "/MNIST/raw: give")])
 def test_faults_end_in_one_line(fault, says, data, capsys):
@@ -496,5 +496,5 @@ def test_the_readmes_quotes_links_and_commands():
             script.options().parse_args(words.split())
 
 
-def test_every_snippet_in_the_readme_runs_in_order(data):
+def test_the_readmes_snippets_run_in_order(data):
     exec("".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)), {})
