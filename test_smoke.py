@@ -384,7 +384,7 @@ def runs(tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
     for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
-        words = [script.__file__, "--epochs=3", "--out=of/mine", *words]
+        words = [script.__file__, "--epochs=3", f"--out={script.__name__}/a", *words]
         runs[script] = folder, subprocess.Popen(
             [sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -397,7 +397,7 @@ def test_a_run_learns_and_leaves_its_files(script, runs):
     assert printed.startswith(f"MNIST, 14,980 + 299 images, on {device}: minimises ")
     assert run.returncode == 0 and re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
     wrote = [folder / path for path in re.findall("wrote (.*)", printed)]
-    assert {*wrote} == {*folder.glob(f"of/mine/{script.__name__}[._]*")}
+    assert {*wrote} == {*folder.glob(f"{script.__name__}/a/*")}
     after = printed.split("\ntest ")[1]
     test = {name: float(value) for name, value in re.findall(r"(\w+) (-?[\d.]+)", after)}
     data, model, digit = common.load_mnist(folder / "data"), MODELS[script](), torch.arange(10)
