@@ -1,12 +1,13 @@
-"""What the three scripts share: the pictures, the data, the fitted prior, a little plumbing.
+"""What the three scripts share: the pictures, the data, the fitted prior, and a little plumbing.
 
-An image is a row of 784 pixels in [0, 1], 1 being ink; other square images will do. A picture is a
-matplotlib figure: a notebook shows the one that ends a cell. A model is any nn.Module whose
-decode(z), or decode(z, y) with a one-hot y, gives images; z_dim is 20 and n_classes 10 unless it
-has such attributes.
+An image is a row of 784 pixels in [0, 1], where 1 is ink; other square sizes work, too. A picture
+is a matplotlib figure; a notebook shows it if it is the last line of a cell. A model is any
+nn.Module whose decode(z), or decode(z, y) with a one-hot y, gives images. If it has no attributes
+z_dim and n_classes, the helpers take 20 and 10.
 """
 import io
 import math
+import os
 import socket
 import sys
 from collections import namedtuple
@@ -26,68 +27,93 @@ Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x (N, 784),
 
 
 def one_hot(labels, n_classes=10):
-    """Integer labels (N,) from 0 to n_classes - 1 as floats (N, n_classes)."""
+    """One-hot floats (N, n_classes) of integer labels (N,) from 0 to n_classes - 1."""
     return F.one_hot(labels.long(), n_classes).float()
 
 
 # The pictures
 
+def image_side(x, name="images"):
+    """The side H of square images x, (N, H*H), (N, H, H) or (N, 1, H, H); ValueError for others."""
+    side = math.isqrt(math.prod(x.shape[1:]))
+    if 0 in x.shape or tuple(x.shape[1:]) not in [(side**2,), (side, side), (1, side, side)]:
+        raise ValueError(f"{name} must be square images, (N, H*H), (N, H, H) or (N, 1, H, H), "
+                         f"and their shape is {tuple(x.shape)}")
+    return side
+
+
 def tile(images, columns):
-    """Images (N, 784) as one array (rows * 28, columns * 28)."""
-    images = images.detach().cpu().flatten(1)
-    side = math.isqrt(images.shape[1])
-    if not len(images) or side**2 != images.shape[1]:
-        raise ValueError(f"these are no square images: {tuple(images.shape)}")
+    """One array (rows * 28, columns * 28) of images (N, 784); ValueError if they are not images."""
+    images = images.detach().cpu().float()
+    side = image_side(images)
+    if not -0.01 < images.min() <= images.max() < 1.01:  # warped images exceed 1 by rounding
+        raise ValueError("images must have values from 0 to 1, and these have values from "
+                         f"{images.min():g} to {images.max():g}")
     return make_grid(images.view(-1, 1, side, side), columns, padding=0)[0].numpy()
+
+
+def draw_grid(axes, grid, extent):
+    """Draws dark ink on white, upright and without lines, whatever the user's matplotlibrc says."""
+    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", origin="upper",
+                extent=extent)
+    axes.grid(False)
 
 
 def show(images, title="", columns=8, row_labels=()):
     """A figure of images (N, 784) in rows of `columns`, dark ink on white."""
     grid = tile(images, columns)
+    columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    width = 0.6 * min(columns, len(images)) + 0.5 * bool(row_labels)  # inches
+    width = 0.6 * columns + 0.5 * bool(row_labels)  # inches
     figure, axes = plt.subplots(figsize=(max(4, width), 0.6 * rows + 0.3), layout="constrained")
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    draw_grid(axes, grid, extent=(0, columns, rows, 0))  # an image is 1 wide and 1 high
     axes.set_title(title, fontsize=10, loc="left")
-    centres = (np.arange(len(row_labels)) + 0.5) * len(grid) / rows
-    axes.set(xticks=[], yticks=centres, yticklabels=row_labels)
+    axes.set(xticks=[], yticks=np.arange(len(row_labels)) + 0.5, yticklabels=row_labels)
     plt.close(figure)  # or a notebook would show it twice
     return figure
 
 
 @torch.no_grad()
 def plot_reconstruction(model, x, y=None, title="images above their reconstructions"):
-    """A figure of a few images x (N, 784) above model(x)[0], or model(x, y)[0]."""
+    """A figure of images x (N, 784) above their reconstructions, model(x)[0] or model(x, y)[0]."""
     x_reconst = model(x)[0] if y is None else model(x, y)[0]
     return show(torch.cat([x.flatten(1), x_reconst.flatten(1)]), title, columns=len(x))
 
 
 def draw_codes(model, n, prior=None):
-    """Codes z (n, z_dim) from N(0, I) or a prior; from a list of them, n of each class's own."""
-    if isinstance(prior, list):
-        return torch.stack([draw_codes(model, n, own) for own in prior])  # (n_classes, n, z_dim)
+    """Codes z (n, z_dim) from N(0, I) or from a prior; from a list of priors, n for each class."""
+    if isinstance(prior, (list, tuple)):
+        return torch.stack([draw_codes(model, n, p) for p in prior])  # (n_classes, n, z_dim)
     z = torch.randn(n, getattr(model, "z_dim", 20)) if prior is None else prior.sample((n,))
     return z.to(next(model.parameters()).device)
 
 
 @torch.no_grad()
 def decode_classes(model, z):
-    """Codes z (N, z_dim), or (n_classes, N, z_dim), drawn in every class: (n_classes, N, 784)."""
+    """Images (n_classes, N, 784) of codes z (N, z_dim), each decoded in every class.
+
+    If z is (n_classes, N, z_dim), each class has N codes of its own instead.
+    """
     every_y = torch.eye(getattr(model, "n_classes", 10), device=z.device)
-    z = z.expand(len(every_y), -1, -1)  # the same in every class, unless each has its own
+    z = z.expand(len(every_y), -1, -1)
     images = [model.decode(z[k], y.expand(z.shape[1], -1)) for k, y in enumerate(every_y)]
     return torch.stack(images).flatten(2)
 
 
 @torch.no_grad()
 def plot_generation(model, n=24, prior=None, title="generated images"):
-    """A figure of n images: z from N(0, I), or from `prior`, any distribution."""
+    """A figure of n images, with z from N(0, I) or from `prior`, which may be any distribution."""
+    if isinstance(prior, (list, tuple)):
+        raise ValueError("plot_generation takes one prior, plot_conditional_generation a list")
     return show(model.decode(draw_codes(model, n, prior)), title)
 
 
-def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="a class per row",
+def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="one class per row",
                                 symbol="y"):
-    """A figure with a class per row, n images in each, one z down a column; or n of fix_number."""
+    """A figure with one class per row and n columns, or n images of the class fix_number.
+
+    The drawings of a column share their z, unless `prior` is a list with a prior for each class.
+    """
     images = decode_classes(model, draw_codes(model, n, prior))
     if fix_number is not None:
         return show(images[fix_number], title)
@@ -95,8 +121,8 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
     return show(images.flatten(0, 1), title, n, row_labels)
 
 
-def plot_handwriting(model, x, title="given, then its z in every class"):
-    """A figure with a row for each image of x (N, 784). Kingma et al. 2014, figure 1."""
+def plot_handwriting(model, x, title="input, then its z decoded in every class"):
+    """A figure with one row per image of x (N, 784). After Kingma et al. 2014, figure 1."""
     x = x.flatten(1)
     columns = [x, torch.zeros_like(x), *decode_classes(model, model.encode(x)[0])]
     return show(torch.stack(columns, 1).flatten(0, 1), title, len(columns))
@@ -104,13 +130,12 @@ def plot_handwriting(model, x, title="given, then its z in every class"):
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """Images over the plane of z, by quantiles of N(0, I), beside codes (N, 2) in label colours."""
+    """The plane of z, in quantiles of N(0, I): its images, and codes (N, 2) coloured by label."""
     normal = D.Normal(0.0, 1.0)
     ticks = (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
-    grid = tile(model.decode(z.to(codes.device)), n)
-    left.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, 1, 0, 1))
+    draw_grid(left, tile(model.decode(z.to(codes.device)), n), extent=(0, 1, 0, 1))
     colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
     dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.2, antialiased=False, **colours)
     if labels is not None:
@@ -129,6 +154,7 @@ def plot_curves(history):
         values = [metrics[name] for metrics in history]
         axes.plot(range(1, 1 + len(history)), values, ".-", label=images)
     axes.set(xlabel="epoch", ylabel="-ELBO, nats per image")
+    axes.locator_params(axis="x", integer=True)  # ticks at whole epochs only
     axes.legend()
     plt.close(figure)
     return figure
@@ -137,28 +163,27 @@ def plot_curves(history):
 # The data
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
-    """Data from arrays, tensors or lists: square images (N, H, H) or (N, H*H), labels (N,) or None.
+    """Data from arrays, tensors or lists: square images (N, H*H), (N, H, H) or (N, 1, H, H).
 
-    Images are integers to 255 or floats to 1, and are copied. ValueError says what is wrong.
+    Images are integers from 0 to 255 or floats from 0 to 1, and are copied. Labels are (N,) or
+    None. A ValueError says what is wrong.
     """
     tensors = []
     for part, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         x = np.asarray(x)
-        side = math.isqrt(x[:1].size)
+        image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
-        if not side or x.shape[1:] not in [(side, side), (side**2,)]:
-            raise ValueError(f"x_{part} must be square images, (N, H, H) or (N, H*H): {x.shape}")
         if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
             raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 (for "
                              f"0 and 1, give floats): {x.dtype} from {x.min()} to {x.max()}")
-        x = torch.tensor(x.reshape(len(x), -1), dtype=torch.float32, device=device).div_(most)
-        tensors.append(x)
+        x = x.reshape(len(x), -1).astype("float32")  # PyTorch reads no reversed, big-endian arrays
+        tensors.append(torch.from_numpy(x).to(device).div_(most))
         if y is not None:
             y = np.asarray(y)
             if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
-                raise ValueError(f"y_{part} must be one integer from 0 for each image, or None: "
-                                 f"{y.dtype} {y.shape}")
-            y = torch.tensor(y, dtype=torch.int64, device=device)
+                raise ValueError(f"y_{part} must hold one integer >= 0 for each image, or be "
+                                 f"None: {y.dtype} {y.shape}")
+            y = torch.from_numpy(y.astype("int64")).to(device)
         tensors.append(y)
     if tensors[0].shape[1] != tensors[2].shape[1]:
         raise ValueError("x_train and x_test must be images of one size")
@@ -166,25 +191,24 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def load_mnist(root="data", device="cpu"):
-    """MNIST from `root`, or downloaded, else scikit-learn's digits; OSError if `root` is unfit."""
-    folder = Path(root, "MNIST/raw")
-    near = [path for name in ("raw", "*-ubyte*", "*/MNIST/raw") for path in Path(root).glob(name)]
-    if near and not any(folder.glob("*")):
-        raise OSError(f"no MNIST in {folder}, but there is {near[0]}: give what holds MNIST/raw")
+    """MNIST from `root`, downloaded if missing, or else scikit-learn's digits.
+
+    OSError if `root` cannot be used, or if its files cannot be read.
+    """
+    root = Path(root).expanduser()
+    folder = root / "MNIST/raw"
     folder.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # seconds; a mirror that never answers must not hang
+    socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
         train, test = (MNIST(root, train, download=True) for train in (True, False))
-        if train.data.shape[1:] != (28, 28) or train.targets.max() > 9:
-            raise ValueError("no 28x28 images with labels from 0 to 9")
         data = make_data(train.data, train.targets, test.data, test.targets, "MNIST")
     except Exception as error:  # torchvision raises all sorts
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
             raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
                           "call common.make_data for images of your own") from error
-        print(f"WARNING: no download of MNIST, so these are scikit-learn's 8x8 digits: {error!r}")
+        print(f"WARNING: MNIST could not be downloaded; using scikit-learn's 8x8 digits: {error!r}")
         data = make_data(*bundled_digits(), "scikit-learn's 8x8 digits (NOT MNIST)")
     finally:
         socket.setdefaulttimeout(timeout)
@@ -192,7 +216,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def bundled_digits():
-    """scikit-learn's 1,797 digits of 8x8 pixels, framed as MNIST's: x, y of both parts."""
+    """scikit-learn's 1,797 8x8 digits, framed like MNIST's: x_train, y_train, x_test, y_test."""
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4)).flatten(1)  # (1797, 784)
@@ -204,16 +228,20 @@ def bundled_digits():
 # The fitted prior
 
 def fit_mixture(z, n_components):
-    """A mixture of Gaussians fitted to codes z (N, z_dim): a distribution.
+    """A mixture of Gaussians, fitted to codes z (N, z_dim), as a torch distribution.
 
-    A Gaussian takes 20 codes per dimension, on average; with fewer, N(0, I) is returned.
+    A Gaussian needs 20 codes per dimension, on average. Where the codes are too few, fewer
+    Gaussians than n_components are fitted; where they are too few for one, it is N(0, I).
     """
     n, z_dim = z.shape
-    n_components = min(n_components, n // (20 * z_dim))
-    if n_components == 0:
-        print(f"{n} codes are too few to fit a Gaussian: N(0, I) stays")
+    enough = n // (20 * z_dim)
+    if enough < n_components:
+        instead = f"fitting {enough}" if enough else "keeping N(0, I)"
+        print(f"{n} codes are too few to fit {n_components} Gaussians: {instead}")
+    if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
-    # tol ends EM early. The least variance, reg_covar, keeps single precision stable at any scale.
+    n_components = min(n_components, enough)
+    # tol stops EM early. reg_covar, a floor for the variances, keeps float32 stable at any scale.
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
@@ -225,23 +253,38 @@ def fit_mixture(z, n_components):
 # The plumbing
 
 def number(kind, least, allowed):
-    """An argparse type: a finite number of this kind from `least`; `allowed` says so."""
+    """An argparse type: a finite number, `least` or more; error messages call it `allowed`."""
     def parse(text):
         value = kind(text)
-        if not least <= value < math.inf:  # nan is not, either
+        if not least <= value < math.inf:  # this is false for nan, too
             raise ValueError
         return value
     parse.__name__ = allowed  # argparse quotes it: invalid number > 0 value: '-1'
     return parse
 
 
-count = number(int, 1, "integer >= 1")
-positive = number(float, sys.float_info.min, "number > 0")
-weight = number(float, 0, "number >= 0")
+positive_int = number(int, 1, "integer >= 1")
+positive_float = number(float, sys.float_info.min, "number > 0")
+nonnegative_float = number(float, 0, "number >= 0")
+
+
+def results_folder(path):
+    """The folder of this path, made if missing; OSError if the results could not be saved there."""
+    folder = Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # to know it before the training
+        raise OSError(f"the folder {folder} cannot be written to; give another one by --out")
+    return folder
+
+
+def check_finite(loss):
+    """FloatingPointError if the loss, in nats, is not finite, because the training diverged."""
+    if not math.isfinite(loss):
+        raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
 
 
 def save(state_dict, path):
-    """Writes weights that load on any device; until all are written, an older file stays."""
+    """Saves weights that load on any device; an older file stays until all are written."""
     content = io.BytesIO()  # on a full disk, torch.save to a path raises no OSError
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, content)
     part = Path(f"{path}.part")
@@ -251,9 +294,11 @@ def save(state_dict, path):
 
 
 def run(main):
-    """Calls main with the command line's words; file errors and divergence end in one line."""
-    if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the words are Jupyter's
+    """Calls main with the command line's arguments; our own errors end in one line."""
+    if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch when it ends
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

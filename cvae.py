@@ -1,13 +1,14 @@
 """The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
-A digit x of class y is drawn from p(x|z, y): the label y names the digit, and z ~ N(0, I) only has
-to say how it is written. The encoder q(z|x) does not see y. The loss is reconstruction + beta * KL,
+A digit x of class y is drawn from p(x|z, y): the label y names the digit, so z ~ N(0, I) only has
+to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the loss is minus the bound
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
-in nats per image. At beta = 1, z holds the digit too, and a random z may contradict the label. At
-10, the KL is small: the label is followed, and most of the handwriting is lost. At 1, priors fitted
-to the codes of each digit leave few contradictions and holes.
+and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
+too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: the label
+is followed, but most of the handwriting is lost. Back at beta = 1, a prior fitted to the codes of
+each digit leaves few contradictions and few holes.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y
@@ -20,7 +21,6 @@ to the codes of each digit leave few contradictions and holes.
 import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ import common
 
 
 class CVAE(nn.Module):
-    """784-400-20 and back: an encoder and a decoder of one hidden layer each."""
+    """784-400-20 and back: an encoder and a decoder with one hidden layer each."""
 
     def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10):
         super().__init__()
@@ -44,7 +44,7 @@ class CVAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
+        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
@@ -53,32 +53,32 @@ class CVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
     def decode(self, z, y):
-        """The same as probabilities (N, 784): the picture."""
+        """Like logits, but as probabilities (N, 784): the picture."""
         return torch.sigmoid(self.logits(z, y))
 
     def forward(self, x, y):
-        """x_reconst (N, 784), by one sampled z each, and mu, log_var (N, z_dim)."""
+        """x_reconst (N, 784) from one sampled z per image, and mu and log_var (N, z_dim)."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var), y), mu, log_var
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): gradients reach mu and sigma. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...), Bernoulli pixels: summed over them, averaged over images; nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), nats per image. Kingma and Welling, appendix B."""
+    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
 def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
-    """Minimises reconstruction + beta * KL; returns the history, a dict of metrics per epoch."""
+    """Minimises reconstruction + beta * KL; returns the history: a list with a dict per epoch."""
     if data.y_train is None or data.y_test is None:
         raise ValueError("a conditional VAE needs y_train and y_test: a label for each image")
     n = len(data.x_train)
@@ -92,11 +92,12 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # For a quarter of the steps the learning rate climbs to lr, then it falls to zero.
+            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            weight = 1 + (beta - 1) * climb  # of the KL; after Bowman et al. 2015, arXiv:1511.06349
+            # The KL's weight climbs, too: with 10 from the start, cvae.py ends 2 nats higher.
+            kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
             y = y_train[batch]  # (B, n_classes)
@@ -104,12 +105,12 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
             z = reparameterize(mu, log_var)  # (B, z_dim)
             recon = reconstruction(model.logits(z, y), x)  # nats per image
             kl = gaussian_kl(mu, log_var)  # nats per image
-            loss = recon + weight * kl
+            loss = recon + kl_weight * kl
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl).detach() * len(x)  # on the device: no step waits
+            total += (recon + kl).detach() * len(x)  # .item() here would wait for the GPU
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.3f}" for name, value in history[-1].items()))
@@ -118,7 +119,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, by one z each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, from one z per image; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
@@ -127,21 +128,21 @@ def evaluate(model, data, prior=None, seed=0):
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z, y), data.x_test).item()
     kl = gaussian_kl(mu, log_var).item()
-    if not math.isfinite(recon + kl):
-        raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
+    common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # in place of N(0, I)
+    if prior is not None:  # then the bound has log r(z) of these z in place of log p(z)
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
-        log_prior = sum(own.log_prob(z[data.y_test == k]).sum() for k, own in enumerate(prior))
+        log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
+        log_prior = log_r.gather(0, data.y_test[None]).sum()  # each z under its label's prior
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
     return metrics
 
 
-# After training: a prior that fits the codes, and the pictures.
+# After training: fit a prior to the codes, and draw the pictures.
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """A prior p(z|y) that fits: a list of mixtures, one over the codes of each label's images."""
+    """Fits a prior r(z|y): a list with a mixture for each label, over the codes of its images."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     groups = [codes[data.y_train == k] for k in range(model.n_classes)]
     return [common.fit_mixture(z, n_components) for z in groups]
@@ -149,29 +150,31 @@ def fit_prior(model, data, n_components=10):
 
 @torch.no_grad()
 def make_figures(model, data, prior, history):
-    """This script's pictures: a dict of figures by name."""
+    """This script's pictures, as a dict from name to figure."""
     x = data.x_test[:12]
     y = common.one_hot(data.y_test[:12], model.n_classes)
     plot = common.plot_conditional_generation
-    return {
+    figures = {
         "reconstruction": common.plot_reconstruction(model, x, y),
-        "generation": plot(model, title="z ~ N(0, I), the same down a column"),
+        "generation": plot(model, title="z ~ N(0, I), one per column"),
         "fitted": plot(model, prior=prior, title="z ~ fitted prior of the label"),
         "handwriting": common.plot_handwriting(model, x),
         "loss": common.plot_curves(history)}
+    return figures
 
 
 def options():
-    """The parser of the command line: what this script can be told."""
+    """The command-line parser, with every option of this script."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=common.count, default=15, help="passes over the training images")
-    add("--batch-size", type=common.count, default=128, help="images per step")
-    add("--lr", type=common.positive, default=8e-3, help="peak learning rate")
-    add("--beta", type=common.weight, default=10.0, help="weight of the KL; 1: the ELBO")
-    add("--z-dim", type=common.count, default=20, help="dimensions of z")
+    add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
+    add("--batch-size", type=common.positive_int, default=128, help="images per step")
+    add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate")
+    add("--beta", type=common.nonnegative_float, default=10.0,
+        help="weight of the KL; 1 gives the ELBO")
+    add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
@@ -182,18 +185,19 @@ def options():
 def main(argv=()):
     """Trains, saves the weights, fits the prior, evaluates, draws; returns the test metrics."""
     args = options().parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
           f"minimises reconstruction + {args.beta:g} * KL")
     torch.manual_seed(args.seed)
     model = CVAE(z_dim=args.z_dim).to(args.device)
-    history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta)
-    common.save(model.state_dict(), out / "cvae.pt")  # before anything can fail
+    history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta)
+    common.save(model.state_dict(), out / "cvae.pt")  # before anything else can fail
+    print("fits the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
+    print("draws the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"cvae_{name}.png")
         print("wrote", out / f"cvae_{name}.png")

@@ -1,16 +1,19 @@
-"""The Gumbel VAE: beside z a categorical c, with which the model clusters digits without a label.
+"""The Gumbel-softmax VAE: besides z it has a categorical c, and clusters digits without labels.
 
-A digit is drawn from p(x|z, c): c, uniform over ten clusters, is to name the digit, z ~ N(0, I) the
-handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), and passes a gradient. The bound is
+A digit is drawn from p(x|z, c): c, uniform over ten clusters, should name the digit, and
+z ~ N(0, I) should hold the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), yet lets
+a gradient through. The bound is
 
     log p(x) >= E_q[ log p(x|z, c) ] - KL( q(z|x) || N(0, I) ) - KL( q(c|x) || uniform ),
 
-and --objective says what becomes of its KLs:
+and --objective decides what happens to its KL terms:
 
-    elbo        Both stay, KL(z) weighted by beta. At beta = 1, c stays nearly empty.
-    capacity    Both are pulled to set values; use --beta 30. c is used, but for what is left open.
-    clustering  KL(z) stays. c is to be the same for a warped x, sure, and to use all clusters: this
-                finds the digits. What is drawn for c is to be read as c: the decoder obeys c.
+    elbo        Both stay, KL(z) with the weight beta. At beta = 1, c stays nearly empty.
+    capacity    Both are pulled towards set values; use --beta 30. c is used, but not necessarily
+                for the digit.
+    clustering  KL(z) stays. c should not change when x is warped, should be sure, and should use
+                all clusters: this finds the digits. What is drawn for c must be read as c: this
+                makes the decoder obey.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -22,7 +25,6 @@ and --objective says what becomes of its KLs:
 import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ import common
 
 
 class GumbelVAE(nn.Module):
-    """784-400-20 and back, and 784-400-10 for c: each of one hidden layer."""
+    """784-400-20 and back, and 784-400-10 for c; each network has one hidden layer."""
 
     def __init__(self, image_size=784, h_dim=400, z_dim=20, n_classes=10):
         super().__init__()
@@ -51,7 +53,7 @@ class GumbelVAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
+        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
@@ -64,11 +66,11 @@ class GumbelVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
     def decode(self, z, c):
-        """The same as probabilities (N, 784): the picture."""
+        """Like logits, but as probabilities (N, 784): the picture."""
         return torch.sigmoid(self.logits(z, c))
 
     def forward(self, x, *, tau=0.5):
-        """x_reconst (N, 784), by one sampled z and c each, mu, log_var (N, z_dim), log q(c|x)."""
+        """x_reconst (N, 784) from one sampled z and c per image; mu, log_var, log q(c|x)."""
         mu, log_var = self.encode(x)
         log_q = self.cluster(x)
         c = F.gumbel_softmax(log_q, tau, hard=True)  # (N, n_classes): one-hot, with a gradient
@@ -76,17 +78,17 @@ class GumbelVAE(nn.Module):
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): gradients reach mu and sigma. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...), Bernoulli pixels: summed over them, averaged over images; nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), nats per image. Kingma and Welling, appendix B."""
+    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
@@ -96,17 +98,25 @@ def categorical_kl(log_q):
 
 
 def clustering(log_q, log_q_warped):
-    """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017."""
-    target = log_q.detach().repeat(2, 1)  # (2 N, K), for two warps Tx of each x: x teaches Tx
+    """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017.
+
+    log_q (N, K) is of images x, log_q_warped (2 N, K) of two warps Tx of each: of all x, then of
+    all x again. Only Tx learns from the KL. H(c) is the entropy of q(c), the mean over this batch.
+    """
+    target = log_q.detach().repeat(2, 1)  # (2 N, K)
+    # kl_div(log q, log p) is KL(p || q): what learns comes first.
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
     h_c_given_x = -(log_q.exp() * log_q).sum(1).mean()
-    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,): of this batch
+    log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,), over this batch
     h_c = -(log_marginal.exp() * log_marginal).sum()
     return invariance + 0.1 * h_c_given_x - 0.5 * h_c
 
 
 def read_back(model, z, k):
-    """-log q(k|Tx), nats per image, of x drawn for z (N, z_dim) and k (N,). After Chen et al."""
+    """-log q(k|Tx), nats per image, where x is decoded from z (N, z_dim) and clusters k (N,).
+
+    Both the decoder and the reader q learn from it. After Chen et al. 2016, equation 5.
+    """
     drawn = model.decode(z, common.one_hot(k, model.n_classes))  # (N, 784)
     return F.nll_loss(model.cluster(warp(drawn)), k)
 
@@ -115,8 +125,8 @@ def warp(x):
     """Tx (N, 784): square images, each a little stretched, slanted, turned, shifted and bent."""
     n = len(x)
     side = math.isqrt(x.shape[1])
-    # Where a pixel comes from is a weighted sum of its column, its row, 1, and 16 bumps: one
-    # product of matrices, many times faster than affine_grid and interpolate.
+    # The place that a pixel comes from is a weighted sum of its column, its row, 1 and 16 bumps.
+    # One matrix product computes all places, many times faster than affine_grid and interpolate.
     line = torch.linspace(1 / side - 1, 1 - 1 / side, side, device=x.device)  # (28,), in (-1, 1)
     row, column = torch.meshgrid(line, line, indexing="ij")  # (28, 28), (28, 28)
     plane = torch.stack([column, row, torch.ones_like(row)]).flatten(1)  # (3, 784)
@@ -134,9 +144,9 @@ def warp(x):
 
 def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
           objective="clustering", gamma=400.0, read_weight=15.0, tau=0.5):
-    """Minimises the objective's loss; returns the history, a dict of metrics per epoch."""
+    """Minimises the loss of the objective; returns the history: a list with a dict per epoch."""
     if objective not in ("elbo", "capacity", "clustering"):
-        raise ValueError(f"the objective {objective!r} is none of elbo, capacity, clustering")
+        raise ValueError(f"the objective {objective!r} is not one of elbo, capacity, clustering")
     n = len(data.x_train)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     history = []
@@ -147,38 +157,43 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # For a quarter of the steps the learning rate climbs to lr, then it falls to zero.
+            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            weight = 1 + (beta - 1) * climb  # of the KL; after Bowman et al. 2015, arXiv:1511.06349
+            # The KL's weight climbs, too: with 10 from the start, cvae.py ends 2 nats higher.
+            kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
-            views = torch.cat([x, warp(x.repeat(2, 1))]) if objective == "clustering" else x
+            clustered = x
+            if objective == "clustering":
+                clustered = torch.cat([x, warp(x.repeat(2, 1))])  # (3 B, 784)
             mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
-            log_q, log_q_warped = model.cluster(views).tensor_split([len(x)])  # (B, n_classes)
+            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # (B or 2 B, K)
             c = F.gumbel_softmax(log_q, tau, hard=True)  # (B, n_classes): one-hot, with a gradient
             z = reparameterize(mu, log_var)  # (B, z_dim)
             recon = reconstruction(model.logits(z, c), x)  # nats per image
             kl = gaussian_kl(mu, log_var)  # nats per image
             kl_c = categorical_kl(log_q)  # nats per image
             if objective == "elbo":
-                loss = recon + weight * kl + kl_c
+                loss = recon + kl_weight * kl + kl_c
             elif objective == "capacity":
                 progress = min(1, 2 * step / steps)
                 pulls = abs(kl - 2.0 * progress) + abs(kl_c - math.log(model.n_classes) * progress)
                 loss = recon + beta * pulls  # Dupont 2018, equation 7
             else:
-                codes = z[::8].detach()  # of an eighth of the batch, and as many from N(0, I)
+                # Codes of every eighth image, to save time, and as many from N(0, I). They are
+                # detached, so that reading back teaches the decoder and the reader alone.
+                codes = z[::8].detach()
                 codes = torch.cat([codes, torch.randn_like(codes)])
                 k = torch.randint(model.n_classes, (len(codes),), device=x.device)
-                loss = recon + weight * kl + gamma * clustering(log_q, log_q_warped)
+                loss = recon + kl_weight * kl + gamma * clustering(log_q, log_q_warped)
                 loss += read_weight * climb * read_back(model, codes, k)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl + kl_c).detach() * len(x)  # on the device: no step waits
+            total += (recon + kl + kl_c).detach() * len(x)  # .item() here would wait for the GPU
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.3f}" for name, value in history[-1].items()))
@@ -187,46 +202,51 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, by one z and c each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, by one z and c per image; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
     generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
-    q = log_q.exp().nan_to_num(1.0).cpu()  # nan is refused below
-    c = torch.multinomial(q, 1, generator=generator)[:, 0].to(mu.device)  # (N,)
-    logits = model.logits(z, common.one_hot(c, model.n_classes))  # (N, 784)
-    recon = reconstruction(logits, data.x_test).item()
     kl = gaussian_kl(mu, log_var).item()
     kl_c = categorical_kl(log_q).item()
+    common.check_finite(kl + kl_c)  # as multinomial refuses nan in words of its own
+    c = torch.multinomial(log_q.exp().cpu(), 1, generator=generator)[:, 0].to(mu.device)  # (N,)
+    logits = model.logits(z, common.one_hot(c, model.n_classes))  # (N, 784)
+    recon = reconstruction(logits, data.x_test).item()
     nelbo = recon + kl + kl_c  # the -ELBO
-    if not math.isfinite(nelbo):
-        raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
-    h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()
-    i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c)
+    common.check_finite(nelbo)
+    h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()  # the entropy of c over all images
+    i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c) = KL(c) - KL(q(c) || uniform)
     metrics = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "nelbo": nelbo}
-    if prior is not None:  # in place of N(0, I)
+    if prior is not None:  # then the bound has log r(z|c) of these z in place of log p(z)
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
-        log_prior = sum(own.log_prob(z[c == k]).sum() for k, own in enumerate(prior))
+        log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
+        log_prior = log_r.gather(0, c[None]).sum()  # each z under its cluster's prior
         metrics["nelbo_fitted"] = nelbo + (log_normal - log_prior).item() / len(z)
-    if data.y_test is not None:  # labels are used here only
+    if data.y_test is not None:  # the only use of labels
         metrics.update(score(data.y_test.cpu(), log_q.argmax(1).cpu()))
     return metrics
 
 
 def score(labels, clusters):
-    """NMI of labels and clusters (N,), and ACC: the share in the cluster matched to their label."""
+    """NMI and ACC of labels and clusters (N,).
+
+    ACC pairs labels with clusters, one to one, such that the most images are in their label's
+    cluster, and is the share of these images.
+    """
     counts = contingency_matrix(labels, clusters)
+    pairs = linear_sum_assignment(counts, maximize=True)
     return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
-            "acc": counts[linear_sum_assignment(-counts)].sum().item() / len(labels)}
+            "acc": counts[pairs].sum().item() / len(labels)}
 
 
-# After training: a prior that fits the codes, and the pictures.
+# After training: fit a prior to the codes, and draw the pictures.
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """A prior p(z|c) that fits: a list of mixtures, one over the codes of each cluster's images."""
+    """Fits a prior r(z|c): a list with a mixture for each cluster, over its images' codes."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     clusters = torch.cat([model.cluster(x).argmax(1) for x in data.x_train.split(10000)])
     groups = [codes[clusters == k] for k in range(model.n_classes)]
@@ -235,36 +255,37 @@ def fit_prior(model, data, n_components=10):
 
 @torch.no_grad()
 def make_figures(model, data, prior, history):
-    """This script's pictures: a dict of figures by name."""
+    """This script's pictures, as a dict from name to figure."""
     x = data.x_test[:12]
     plot = common.plot_conditional_generation
     figures = {
         "reconstruction": common.plot_reconstruction(model, x),
-        "generation": plot(model, title="z ~ N(0, I), the same down a column", symbol="c"),
+        "generation": plot(model, title="z ~ N(0, I), one per column", symbol="c"),
         "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c"),
         "handwriting": common.plot_handwriting(model, x),
         "loss": common.plot_curves(history)}
-    figures["fitted"].set_size_inches(6.1, 3)  # for 28 pixels a digit
+    figures["fitted"].set_size_inches(6.1, 3)  # so that a digit is 28 pixels wide
     return figures
 
 
 def options():
-    """The parser of the command line: what this script can be told."""
+    """The command-line parser, with every option of this script."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=common.count, default=15, help="passes over the training images")
-    add("--batch-size", type=common.count, default=128, help="images per step")
-    add("--lr", type=common.positive, default=6e-3, help="peak learning rate")
-    add("--beta", type=common.weight, default=1.0, help="weight of KL(z); capacity: take 30")
+    add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
+    add("--batch-size", type=common.positive_int, default=128, help="images per step")
+    add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
+    add("--beta", type=common.nonnegative_float, default=1.0,
+        help="weight of KL(z); use 30 with capacity")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
-        help="what becomes of the KL terms")
-    add("--gamma", type=common.weight, default=400.0, help="weight of clustering")
-    add("--read-weight", type=common.weight, default=15.0, help="weight of read_back")
-    add("--tau", type=common.positive, default=0.5, help="temperature of the Gumbel-softmax")
-    add("--n-classes", type=common.count, default=10, help="clusters")
-    add("--z-dim", type=common.count, default=20, help="dimensions of z")
+        help="what happens to the KL terms")
+    add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")
+    add("--read-weight", type=common.nonnegative_float, default=15.0, help="weight of read_back")
+    add("--tau", type=common.positive_float, default=0.5, help="temperature of the Gumbel-softmax")
+    add("--n-classes", type=common.positive_int, default=10, help="number of clusters")
+    add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
@@ -275,19 +296,21 @@ def options():
 def main(argv=()):
     """Trains, saves the weights, fits the prior, evaluates, draws; returns the test metrics."""
     args = options().parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
           f"minimises the loss of --objective {args.objective}")
     torch.manual_seed(args.seed)
     model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
-    history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta,
-                    args.objective, args.gamma, args.read_weight, args.tau)
-    common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything can fail
+    history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta,
+                    objective=args.objective, gamma=args.gamma, read_weight=args.read_weight,
+                    tau=args.tau)
+    common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything else can fail
+    print("fits the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
+    print("draws the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"gumbel_vae_{name}.png")
         print("wrote", out / f"gumbel_vae_{name}.png")

@@ -1,13 +1,15 @@
-"""The variational auto-encoder (VAE): digits with hidden causes, learned by maximising the ELBO.
+"""The variational auto-encoder (VAE): it explains digits by hidden causes, and learns by the ELBO.
 
-A digit x is drawn in two steps: a code z of 20 numbers from N(0, I), then 784 pixels from p(x|z), a
-decoder network. Which codes fit a given x, the posterior p(z|x), has no formula; an encoder network
-approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))). Both maximise the evidence lower bound,
+A digit x is drawn in two steps: first a code z of 20 numbers from N(0, I), then 784 pixels from
+p(x|z), which a decoder network computes. There is no formula for the posterior p(z|x), which says
+what codes fit a given x; an encoder network approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))).
+Both networks are trained to maximise the evidence lower bound,
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || N(0, I) ),
 
-or minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits leave holes in
-N(0, I), where z often draws no digit. A mixture of Gaussians fitted to the codes has fewer.
+which means to minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits leave
+holes in N(0, I), and a z from a hole often draws no digit. A mixture of Gaussians fitted to the
+codes has fewer holes.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
@@ -17,7 +19,6 @@ N(0, I), where z often draws no digit. A mixture of Gaussians fitted to the code
 import argparse
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ import common
 
 
 class VAE(nn.Module):
-    """784-400-20 and back: an encoder and a decoder of one hidden layer each."""
+    """784-400-20 and back: an encoder and a decoder with one hidden layer each."""
 
     def __init__(self, image_size=784, h_dim=400, z_dim=20):
         super().__init__()
@@ -40,7 +41,7 @@ class VAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim): the Gaussian posterior q(z|x)."""
+        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
@@ -49,32 +50,32 @@ class VAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def decode(self, z):
-        """The same as probabilities (N, 784): the picture."""
+        """Like logits, but as probabilities (N, 784): the picture."""
         return torch.sigmoid(self.logits(z))
 
     def forward(self, x):
-        """x_reconst (N, 784), by one sampled z each, and mu, log_var (N, z_dim)."""
+        """x_reconst (N, 784) from one sampled z per image, and mu and log_var (N, z_dim)."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var)), mu, log_var
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): gradients reach mu and sigma. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...), Bernoulli pixels: summed over them, averaged over images; nats per image."""
+    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), nats per image. Kingma and Welling, appendix B."""
+    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
 def train(model, data, epochs=15, batch_size=128, lr=8e-3):
-    """Minimises reconstruction + KL; returns the history, a dict of metrics per epoch."""
+    """Minimises reconstruction + KL; returns the history: a list with a dict per epoch."""
     n = len(data.x_train)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     history = []
@@ -85,7 +86,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # For a quarter of the steps the learning rate climbs to lr, then it falls to zero.
+            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
@@ -100,7 +101,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
             loss.backward()
             optimizer.step()
             step += 1
-            total += (recon + kl).detach() * len(x)  # on the device: no step waits
+            total += (recon + kl).detach() * len(x)  # .item() here would wait for the GPU
         metrics = {"nelbo_train": total.item() / n, "seconds": time.perf_counter() - start}
         history.append({**metrics, **evaluate(model, data)})
         print(f"epoch {epoch:3}", *(f" {name} {value:.3f}" for name, value in history[-1].items()))
@@ -109,7 +110,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, by one z each; FloatingPointError if not finite."""
+    """Test metrics, nats per image, from one z per image; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
@@ -117,30 +118,30 @@ def evaluate(model, data, prior=None, seed=0):
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z), data.x_test).item()
     kl = gaussian_kl(mu, log_var).item()
-    if not math.isfinite(recon + kl):
-        raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
+    common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # in place of N(0, I)
+    if prior is not None:  # then the bound has log r(z) of these z in place of log p(z)
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
-        log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))  # saves memory
+        log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))  # to save memory
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
     return metrics
 
 
-# After training: a prior that fits the codes, and the pictures.
+# After training: fit a prior to the codes, and draw the pictures.
 
 @torch.no_grad()
-def fit_prior(model, data, n_components=200):
-    """A prior that fits: a mixture of Gaussians over one sampled code of each training image."""
+def fit_prior(model, data, n_components=150):
+    """Fits a prior r(z): a mixture of Gaussians over one sampled code per training image."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     return common.fit_mixture(codes, n_components)
 
 
 @torch.no_grad()
 def make_figures(model, data, prior, history):
-    """This script's pictures: a dict of figures by name."""
+    """This script's pictures, as a dict from name to figure."""
+    x = data.x_test[:12]
     figures = {
-        "reconstruction": common.plot_reconstruction(model, data.x_test[:12]),
+        "reconstruction": common.plot_reconstruction(model, x),
         "generation": common.plot_generation(model, n=64, title="z ~ N(0, I)"),
         "fitted": common.plot_generation(model, n=64, prior=prior, title="z ~ fitted prior"),
         "loss": common.plot_curves(history)}
@@ -151,15 +152,15 @@ def make_figures(model, data, prior, history):
 
 
 def options():
-    """The parser of the command line: what this script can be told."""
+    """The command-line parser, with every option of this script."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--epochs", type=common.count, default=15, help="passes over the training images")
-    add("--batch-size", type=common.count, default=128, help="images per step")
-    add("--lr", type=common.positive, default=8e-3, help="peak learning rate")
-    add("--z-dim", type=common.count, default=20, help="dimensions of z")
+    add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
+    add("--batch-size", type=common.positive_int, default=128, help="images per step")
+    add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate")
+    add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="where to compute")
     add("--data", default="data", help="folder of MNIST; downloaded if missing")
@@ -170,18 +171,19 @@ def options():
 def main(argv=()):
     """Trains, saves the weights, fits the prior, evaluates, draws; returns the test metrics."""
     args = options().parse_args(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
           "minimises reconstruction + KL")
     torch.manual_seed(args.seed)
     model = VAE(z_dim=args.z_dim).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr)
-    common.save(model.state_dict(), out / "vae.pt")  # before anything can fail
+    common.save(model.state_dict(), out / "vae.pt")  # before anything else can fail
+    print("fits the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
+    print("draws the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"vae_{name}.png")
         print("wrote", out / f"vae_{name}.png")
