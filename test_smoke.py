@@ -1,5 +1,7 @@
-"""What must hold, in under a minute, without a network and without MNIST: pytest test_smoke.py"""
+"""What must hold. It takes under a minute, without a network or MNIST: pytest test_smoke.py"""
 import inspect
+import io
+import itertools
 import math
 import os
 import re
@@ -7,9 +9,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections import namedtuple
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -24,21 +29,53 @@ import common
 import cvae
 import gumbel_vae
 import vae
+from common import one_hot
 
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
-MODELS = {vae: vae.VAE, cvae: cvae.CVAE, gumbel_vae: gumbel_vae.GumbelVAE}
 DIGITS = common.bundled_digits()
 
+# What differs between the scripts:
+Case = namedtuple("Case", [
+    "model",
+    "inputs",  # of forward, for images x and labels y
+    "classes",  # the class that each image is decoded in
+    "prior",  # of ten priors, what evaluate takes
+    "defaults"])  # as the page's figures were made
+CASES = {
+    vae: Case(
+        vae.VAE, lambda x, y: (x,), lambda model, x, y: 0 * y, lambda priors: priors[0],
+        dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20)),
+    cvae: Case(
+        cvae.CVAE, lambda x, y: (x, one_hot(y)), lambda model, x, y: y, list,
+        dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20, beta=10)),
+    gumbel_vae: Case(
+        gumbel_vae.GumbelVAE, lambda x, y: (x,),
+        lambda model, x, y: D.Categorical(logits=model.cluster(x)).sample(), list,
+        dict(epochs=15, batch_size=128, lr=6e-3, z_dim=20, beta=1, objective="clustering",
+             gamma=400, read_weight=15, tau=0.5, n_classes=10))}
 
-@pytest.fixture(params=MODELS, ids=lambda script: script.__name__)
+
+@pytest.fixture(params=CASES, ids=lambda script: script.__name__)
 def script(request):
-    """A test that takes this runs for each script."""
+    """A test that takes this fixture runs once for each script."""
     return request.param
 
 
+with_classes = pytest.mark.parametrize("script", [cvae, gumbel_vae])
+only_gumbel_vae = pytest.mark.parametrize("script", [gumbel_vae])
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """300 digits, which are also in data/ of the test's own working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path / "data", 300)
+    return common.load_mnist()
+
+
 def write_mnist(folder, n=None):
-    """scikit-learn's digits, the first n of both parts, as bytes in MNIST's format."""
+    """Writes the first n of scikit-learn's digits, to train and to test, in MNIST's file format."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     names = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
@@ -50,403 +87,775 @@ def write_mnist(folder, n=None):
         (raw / f"{name}-ubyte").write_bytes(header + array.byte().numpy().tobytes())
 
 
-@pytest.fixture
-def data(tmp_path, monkeypatch):
-    """300 digits; also in data/ of a new current folder."""
-    monkeypatch.chdir(tmp_path)
-    write_mnist(tmp_path / "data", 300)
-    return common.load_mnist()
-
-
 def start(script, *words):
-    """As from the command line."""
-    common.run(lambda argv: script.main(["--epochs", "1", "--out", ".", *words]))
+    """Runs the script for an epoch, as if from the command line."""
+    common.run(lambda argv: script.main(["--epochs=1", "--out=.", *words]))
 
+
+def gaussian(mean, sd=1.0):
+    """A distribution of codes (z_dim,) around a mean."""
+    return D.Independent(D.Normal(mean, sd), 1)
+
+
+# The mathematics. Delete a function's body and write it again: pytest test_smoke.py -k gaussian_kl
+
+def insist(right, words):
+    if not right:
+        pytest.fail(words, pytrace=False)
+
+
+def judge(name, loss, oracle, hint="", **inputs):
+    """Compares a loss with an oracle: first their values, then their gradients by name."""
+    insist(torch.is_tensor(loss), f"{name} returned {loss}; it should return a tensor")
+    insist(loss.dim() == 0, f"{name} returned a tensor of shape {tuple(loss.shape)}; it should "
+                            "return a single number, averaged over the images")
+    insist(torch.isclose(loss.double(), oracle.double(), rtol=1e-4, atol=1e-5),
+           f"{name} returned {loss:.5g}; it should return {oracle:.5g}")
+    for of, x in inputs.items():
+        found, right = (torch.autograd.grad(value + 0 * x.sum(), x, retain_graph=True)[0]
+                        for value in (loss, oracle))
+        insist(torch.allclose(found, right, rtol=1e-4, atol=1e-6),
+               f"{name} returns the right number, but the gradient of {of} is "
+               f"{'wrong' if found.any() else 'zero'}{hint}")
+
+
+def test_reparameterize(script):
+    mu, log_var = torch.randn(2, 3, 5, requires_grad=True)
+    z = script.reparameterize(mu, log_var)
+    insist(torch.is_tensor(z), f"reparameterize returned {z}; it should return a tensor")
+    insist(z.shape == (3, 5), f"reparameterize returned the shape {tuple(z.shape)}; mu has (3, 5)")
+    z = torch.stack([z, *(script.reparameterize(mu, log_var) for _ in range(4000))])
+    noise = ((z - mu) / torch.exp(log_var / 2)).detach().flatten(1)  # (4001, 15)
+    off = noise.T.cov() - torch.eye(15)  # from independent N(0, 1)
+    insist(abs(noise.mean(0)).max() < 0.1 and abs(off.diag()).max() < 0.15,
+           "reparameterize: the noise (z - mu) / sigma should have mean 0 and variance 1, "
+           "where sigma is exp(log_var / 2)")
+    insist(abs(off).max() < 0.15,
+           "reparameterize: each number of each image needs noise of its own")
+    oracle = mu + torch.exp(log_var / 2) * noise[0].view(3, 5)
+    judge("reparameterize", z[0].sum(), oracle.sum(), mu=mu, log_var=log_var)
+
+
+def test_reconstruction(script):
+    x, logits = torch.rand(7, 784), torch.randn(7, 784, requires_grad=True)
+    p = D.Bernoulli(logits=logits, validate_args=False)  # x is grey
+    oracle = -p.log_prob(x).sum(1).mean()
+    judge("reconstruction", script.reconstruction(logits, x), oracle, logits=logits)
+
+
+def test_gaussian_kl(script):
+    mu, log_var = torch.randn(2, 7, 5, requires_grad=True)
+    q = D.Normal(mu, torch.exp(log_var / 2))
+    oracle = D.kl_divergence(q, D.Normal(0.0, 1.0)).sum(1).mean()
+    judge("gaussian_kl", script.gaussian_kl(mu, log_var), oracle, mu=mu, log_var=log_var)
+
+
+def test_categorical_kl():
+    logits = torch.randn(9, 6, requires_grad=True)
+    q = D.Categorical(logits=logits)
+    oracle = D.kl_divergence(q, D.Categorical(torch.ones(6))).mean()
+    judge("categorical_kl", gumbel_vae.categorical_kl(logits.log_softmax(1)), oracle, log_q=logits)
+
+
+def test_clustering():
+    logits, warped = torch.randn(9, 6, requires_grad=True), torch.randn(18, 6, requires_grad=True)
+    q = D.Categorical(logits=logits)
+    target = D.Categorical(logits=torch.cat([logits, logits]).detach())
+    invariance = D.kl_divergence(target, D.Categorical(logits=warped)).mean()
+    h_c = D.Categorical(q.probs.mean(0)).entropy()
+    oracle = invariance + 0.1 * q.entropy().mean() - 0.5 * h_c
+    loss = gumbel_vae.clustering(logits.log_softmax(1), warped.log_softmax(1))
+    hint = ": in the KL only log_q_warped learns, in the entropies log_q"
+    judge("clustering", loss, oracle, hint, log_q=logits, log_q_warped=warped)
+
+
+def test_read_back():
+    k, seen = torch.arange(50) % 10, []
+    ink, reader = torch.ones(1, requires_grad=True), torch.randn(50, 10, requires_grad=True)
+    model = Mock(n_classes=10, logits=lambda z, y: (ink * y @ torch.linspace(-1, 1, 10)[:, None]
+                                                    ).expand(-1, 784))
+    model.decode = lambda z, y: model.logits(z, y).sigmoid()  # the tone of an image tells its k
+    model.cluster = lambda x: seen.append(x) or (reader + x[:, 390:400]).log_softmax(1)
+    loss = gumbel_vae.read_back(model, torch.zeros(50, 2), k)
+    insist(loss is None or seen, "read_back: the drawing should be read by model.cluster")
+    log_q = (reader + seen[0][:, 390:400]).log_softmax(1) if seen else reader
+    judge("read_back", loss, -log_q[range(50), k].mean(), ": the drawing and the reader both learn",
+          drawing=ink, reader=reader)
+    x = seen[0].view(50, 28, 28)
+    insist(torch.allclose(x[:, 14, 14], torch.linspace(-1, 1, 10)[k].sigmoid()),
+           "read_back: the drawing should be of the cluster k")
+    insist((x[:, 0, 0] == 0).any(), "read_back: the drawing should be warped before it is read")
+
+
+def test_one_hot():
+    for labels, n_classes in ([2, 0, 7], 10), ([1, 0], 2):
+        found = common.one_hot(torch.tensor(labels), n_classes)
+        right = torch.eye(n_classes)[labels]
+        insist(torch.is_tensor(found), f"one_hot returned {found}; it should return a tensor")
+        insist(found.shape == right.shape and (found == right).all(),
+               f"one_hot of {labels} returned\n{found}\nit should return\n{right}")
+        insist(found.dtype == torch.float32, f"one_hot returned {found.dtype}, not floats")
+
+
+def test_score():
+    # The best match gives cluster 5 to digit 1, cluster 3 to digit 0, and 4 or 1 to digit 2.
+    labels, clusters = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [5, 5, 3, 5, 5, 4, 3, 1]])
+    h, h_c, h_both = (D.Categorical(torch.tensor(counts)).entropy().item() for counts in (
+        [3.0, 2, 3], [4.0, 2, 1, 1], [2.0, 1, 2, 1, 1, 1]))
+    right = {"nmi": (h + h_c - h_both) / ((h + h_c) / 2), "acc": 4 / 8}
+    found = gumbel_vae.score(labels, clusters)
+    insist(found == pytest.approx(right), f"score returned {found}; it should return {right}")
+
+
+def came_from(n=2000):
+    """For n warps, the column and row that each inner pixel came from: (2, n, 14, 14)."""
+    places = torch.arange(28.0).expand(n, 28, 28)  # each pixel holds the number of its column
+    torch.manual_seed(0)
+    column = gumbel_vae.warp(places.flatten(1))
+    torch.manual_seed(0)  # the same warps
+    row = gumbel_vae.warp(places.mT.flatten(1))
+    return torch.stack([column, row]).view(2, n, 28, 28)[:, :, 7:-7, 7:-7]
+
+
+def test_warps_shift_stretch_turn_and_slant():
+    came = came_from()
+    right, down = came.diff(dim=3).mean((2, 3)), came.diff(dim=2).mean((2, 3))  # (2, 2000)
+    turn, slant = right[1], right[1] + down[0]
+    shift = came.mean((2, 3)) - 13.5
+    moves = torch.stack([*shift, right[0] - 1, down[1] - 1, turn, slant])  # (6, 2000)
+    # A number uniform in (-a, a) has sd a / sqrt(3), and the bend adds to it.
+    most = torch.tensor([2.0, 2.0, 0.1, 0.1, 0.26, 0.2])
+    bend = torch.tensor([0.43, 0.43, 0.055, 0.055, 0.055, 0.08])  # of warps that only bend
+    sd = (most**2 / 3 + bend**2).sqrt()
+    assert (abs(moves.mean(1)) < 0.1 * sd).all(), "on average a warp should move nothing"
+    off = moves.cov() / sd / sd[:, None] - torch.eye(6)
+    assert abs(off.diag()).max() < 0.2, "shift, shift, stretch, stretch, turn or slant is too much"
+    assert abs(off).max() < 0.2, "each move should be independent of the others"
+
+
+def test_warps_bend():
+    assert 0.01 < abs(came_from().diff(n=2)).median() < 0.03  # a straight line has 0
+
+
+# The training
+
+def code(model, x):
+    mu, log_var = model.encode(x)
+    return D.Normal(mu, torch.exp(log_var / 2)).rsample(), vae.gaussian_kl(mu, log_var)
+
+
+def vae_by_hand(model, x, y, climb, progress):
+    """-ELBO and the loss."""
+    z, kl = code(model, x)
+    recon = vae.reconstruction(model.logits(z), x)
+    return recon + kl, recon + kl
+
+
+def cvae_by_hand(model, x, y, climb, progress):
+    z, kl = code(model, x)
+    recon = vae.reconstruction(model.logits(z, one_hot(y)), x)
+    return recon + kl, recon + (1 + (5 - 1) * climb) * kl  # beta = 5
+
+
+def gumbel_terms(model, x, tau):
+    log_q = model.cluster(x)
+    c = F.gumbel_softmax(log_q, tau, hard=True)
+    z, kl = code(model, x)
+    recon = vae.reconstruction(model.logits(z, c), x)
+    return log_q, z, recon, kl, gumbel_vae.categorical_kl(log_q)
+
+
+def elbo_by_hand(model, x, y, climb, progress):
+    log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=0.3)
+    return recon + kl + kl_c, recon + (1 + (2 - 1) * climb) * kl + kl_c  # beta = 2
+
+
+def capacity_by_hand(model, x, y, climb, progress):
+    log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=0.5)
+    pulls = abs(kl - 2 * progress) + abs(kl_c - math.log(10) * progress)
+    return recon + kl + kl_c, recon + 30 * pulls  # beta = 30
+
+
+def clustering_by_hand(model, x, y, climb, progress):
+    warped = gumbel_vae.warp(torch.cat([x, x]))
+    log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=2.0)
+    codes = z[::8].detach()
+    codes = torch.cat([codes, torch.randn(len(codes), 5)])
+    k = torch.randint(10, (len(codes),))
+    loss = recon + (1 + (2 - 1) * climb) * kl  # beta = 2
+    loss = loss + 3 * gumbel_vae.clustering(log_q, model.cluster(warped))  # gamma = 3
+    loss = loss + 7 * climb * gumbel_vae.read_back(model, codes, k)  # the read weight is 7
+    return recon + kl + kl_c, loss
+
+
+@pytest.mark.parametrize("script, options, by_hand", [
+    (vae, {}, vae_by_hand),
+    (cvae, dict(beta=5.0), cvae_by_hand),
+    (gumbel_vae, dict(objective="elbo", beta=2.0, tau=0.3), elbo_by_hand),
+    (gumbel_vae, dict(objective="capacity", beta=30.0), capacity_by_hand),
+    (gumbel_vae, dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0), clustering_by_hand)],
+    ids=["vae", "cvae", "elbo", "capacity", "default"])
+def test_training_goes_as_by_hand(script, options, by_hand, data):
+    torch.manual_seed(0)
+    model = CASES[script].model(h_dim=32, z_dim=5)
+    history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
+    torch.manual_seed(0)  # the same weights, batches and noise
+    twin = CASES[script].model(h_dim=32, z_dim=5)
+    optimizer = torch.optim.Adam(twin.parameters())
+    for epoch, metrics in enumerate(history):
+        nelbo_train = 0
+        for step, batch in enumerate(torch.randperm(300).split(128), start=3 * epoch):  # of 12
+            climb, progress = min(1, (step + 1) / 3), min(1, step / 6)
+            optimizer.param_groups[0]["lr"] = 0.01 * min(climb, (12 - step) / 9)
+            x, y = data.x_train[batch], data.y_train[batch]
+            nelbo, loss = by_hand(twin, x, y, climb, progress)
+            nelbo_train += nelbo.item() * len(x) / 300
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        right = {"nelbo_train": nelbo_train, **script.evaluate(twin, data)}
+        found = {name: metrics[name] for name in right}
+        assert found == pytest.approx(right, rel=1e-4, abs=1e-5), (
+            f"{by_hand.__name__} draws its random numbers in the order of train: if train only "
+            "changed that order, or reads x and its warps in two calls, change it here, too")
+
+
+def test_the_seconds_are_those_of_one_epoch(script, data, monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)  # a second a call
+    history = script.train(CASES[script].model(), data, epochs=3)
+    assert len({metrics["seconds"] for metrics in history}) == 1
+
+
+def on_meta(script, data):
+    """A model and data that hold no numbers, as if on a device: they refuse .item() and others."""
+    with torch.device("meta"):
+        model = CASES[script].model()
+    return model, common.Data(*(part.to("meta") for part in data[:4]), "")
+
+
+def test_no_step_leaves_the_device_or_waits(script, data, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused: torch.optim.SGD(parameters))
+    randperm = Mock(wraps=torch.randperm)
+    monkeypatch.setattr(torch, "randperm", randperm)
+    model, data = on_meta(script, data)
+    steps = []
+    model.to_hidden.register_forward_hook(lambda layer, x, h: steps.append(len(h)))
+    with pytest.raises(RuntimeError, match=r"item\(\)"):
+        script.train(model, data, epochs=1, batch_size=64)
+    assert steps == [64] * 4 + [44]  # only the end of an epoch asks for a number
+    assert randperm.call_args.kwargs["device"].type == "meta"
+
+
+def test_random_numbers_reach_the_models_device(script, data):
+    model, data = on_meta(script, data)
+    with pytest.raises(RuntimeError, match=r"item\(\)"):  # it gets to the first number
+        script.evaluate(model, data)
+    for prior in None, gaussian(torch.zeros(20)):
+        assert common.draw_codes(model, 5, prior).device.type == "meta"
+
+
+# The evaluation
+
+@pytest.fixture
+def unsure(script, data):
+    """A model whose sigma is not 1, and whose c is unsure and seen in the picture."""
+    torch.manual_seed(0)
+    model = CASES[script].model()
+    with torch.no_grad():
+        model.to_log_var.bias.fill_(-2)
+        if script is gumbel_vae:
+            model.to_cluster_logits.weight.mul_(10)
+            model.from_latent.weight[:, 20:].mul_(10)
+    data = data._replace(x_test=data.x_train.repeat(10, 1), y_test=data.y_train.repeat(10))
+    return model, data
+
+
+@torch.no_grad()
+def test_evaluate_agrees_with_forward(script, unsure):
+    model, data = unsure
+    x, y = data.x_test, data.y_test
+    x_reconst, mu, log_var, *log_q = model(*CASES[script].inputs(x, y))
+    metrics = script.evaluate(model, data)
+    recon = F.binary_cross_entropy(x_reconst, x, reduction="sum") / len(x)
+    right = {"recon": recon.item(), "kl": script.gaussian_kl(mu, log_var).item()}
+    if log_q:
+        right["kl_c"] = gumbel_vae.categorical_kl(*log_q).item()
+    found = {name: metrics[name] for name in right}
+    assert found == pytest.approx(right, rel=1e-3)
+    assert metrics["nelbo"] == pytest.approx(sum(found.values()))
+    assert abs(x_reconst.mean() - 0.13) < 0.05  # training starts from the mean pixel of MNIST
+
+
+@torch.no_grad()
+def test_a_fitted_prior_replaces_the_normal_one(script, unsure):
+    model, data = unsure
+    x, y = data.x_test, data.y_test
+    priors = [gaussian(torch.full((20,), k / 10), 1.5) for k in range(10)]
+    metrics = script.evaluate(model, data, CASES[script].prior(priors))
+    mu, log_var = model.encode(x)
+    z = D.Normal(mu, torch.exp(log_var / 2)).sample()
+    classes = CASES[script].classes(model, x, y)
+    log_r = D.Normal(classes[:, None] / 10, 1.5).log_prob(z).sum(1)
+    log_p = D.Normal(0.0, 1.0).log_prob(z).sum(1)
+    gain = metrics["nelbo"] - metrics["nelbo_fitted"]
+    assert gain == pytest.approx((log_r - log_p).mean().item(), rel=0.01)
+
+
+def test_evaluate_draws_by_its_seed_alone(script, unsure):
+    state = torch.get_rng_state()
+    one = script.evaluate(*unsure)
+    assert torch.get_rng_state().equal(state)  # training goes on as without it
+    torch.rand(1)
+    assert script.evaluate(*unsure) == one
+    assert script.evaluate(*unsure, seed=1)["recon"] != one["recon"]
+
+
+@only_gumbel_vae
+@torch.no_grad()
+def test_evaluate_draws_c_by_its_seed(script, unsure):
+    model, data = unsure
+    model.to_log_var.bias.fill_(-100)  # only c is random
+    one, same, two = (script.evaluate(model, data, seed=seed)["recon"] for seed in (0, 0, 1))
+    assert one == same != two
+
+
+@only_gumbel_vae
+@torch.no_grad()
+def test_evaluate_rates_the_clusters(script, unsure):
+    model, data = unsure
+    metrics, q = script.evaluate(model, data), D.Categorical(logits=model.cluster(data.x_test))
+    information = D.kl_divergence(q, D.Categorical(q.probs.mean(0))).mean().item()
+    assert metrics["i_c"] == pytest.approx(information, abs=1e-5)
+    scores = script.score(data.y_test, q.probs.argmax(1))
+    assert {name: metrics[name] for name in scores} == scores
+
+
+# After training
 
 class Toy(torch.nn.Module):
-    """Draws images of one tone, set by y and two numbers of z, above all by the first."""
+    """Draws plain grey images by tone(z, k), and encodes by the first pixels of x."""
+    z_dim, n_classes = 2, 10
+
     def __init__(self):
         super().__init__()
-        self.z_dim, self.n_classes, self.weight = 2, 10, torch.nn.Parameter(torch.ones(1))
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     def encode(self, x):
-        return x[:, :2], torch.zeros(len(x), 2)  # sigma = 1
+        return x[:, :2], torch.zeros(len(x), 2)  # mu, and sigma = 1
 
     def cluster(self, x):
-        return common.one_hot((10 * x[:, 2]).round())
+        return one_hot((10 * x[:, 2]).round())
 
     def decode(self, z, y=torch.ones(1, 1)):
-        tone = 0.3 + 0.1 * z[:, :1] + 0.01 * z[:, 1:2] + 0.05 * y.argmax(1, keepdim=True)
-        return tone.expand(-1, 784).view(-1, 1, 28, 28)  # as some shape it
+        images = tone(z, y.argmax(1))[:, None].expand(-1, 784)
+        return images.view(-1, 1, 28, 28)  # some models return this shape
 
     def forward(self, x, *y):
         return self.decode(x, *y), *self.encode(x)
 
 
+def tone(z, k=0):
+    """The grey of images with code z (..., 2) and class k; z[0] counts more than z[1]."""
+    return 0.4 + 0.05 * z[..., 0] + 0.005 * z[..., 1] + 0.03 * k
+
+
 def tones(figure):
-    """The upper left pixel of each image of a figure."""
-    return torch.tensor(figure.axes[0].images[0].get_array())[::28, ::28]
+    """The upper left pixel of each image of a figure, as it is drawn."""
+    image = figure.axes[0].images[0]
+    grid = torch.tensor(image.get_array() if image.origin == "upper" else image.get_array()[::-1])
+    return grid[::28, ::28]
 
 
-# The mathematics. Empty a function and write it anew: pytest test_smoke.py -k gaussian_kl
-
-def check(loss, oracle, *inputs):
-    """The same value and the same gradients."""
-    gradients = [torch.autograd.grad(value, inputs, retain_graph=True) for value in (loss, oracle)]
-    assert_close((loss, gradients[0]), (oracle, gradients[1]))
-
-
-def test_reparameterize(script):
-    mu, log_var = torch.randn(2, 3, 5, requires_grad=True)
-    z = torch.stack([script.reparameterize(mu, log_var) for _ in range(4000)])
-    noise = ((z - mu) / log_var.exp().sqrt()).detach()
-    assert abs(noise.mean(0)).max() < 0.1
-    assert abs(noise.flatten(1).T.cov() - torch.eye(15)).max() < 0.15  # each its own
-    check(z[0].sum(), (mu + torch.exp(log_var / 2) * noise[0]).sum(), mu, log_var)
+@pytest.mark.parametrize("script, spots", [(vae, 150), (cvae, 10), (gumbel_vae, 10)])
+def test_the_prior_fits_codes_in_many_spots(script, spots):
+    # Every class has its codes, with sigma = 1, around as many spots as there are Gaussians.
+    spot = torch.arange(60 * spots) % spots
+    place = 15.0 * torch.stack([spot // 10, spot % 10], 1)
+    x = torch.cat([place, torch.zeros(len(place), 1)], 1)  # of class 0
+    prior = script.fit_prior(Toy(), common.Data(x, 0 * spot, x + 1000, 0 * spot, ""))
+    prior = prior if script is vae else prior[0]
+    z = place + torch.randn(len(place), 2)
+    truth = D.Normal(place, 1.0).log_prob(z).sum(1) - math.log(spots)
+    assert truth.mean() - prior.log_prob(z).mean() < 0.5
+    assert prior.sample((4000,)).std(0) == pytest.approx(z.std(0).numpy(), rel=0.1)
 
 
-def test_reconstruction(script):
-    x, logits = torch.rand(7, 784), torch.randn(7, 784, requires_grad=True)
-    p = D.Bernoulli(logits=logits, validate_args=False)
-    check(script.reconstruction(logits, x), -p.log_prob(x).sum(1).mean(), logits)
-
-
-def test_gaussian_kl(script):
-    mu, log_var = torch.randn(2, 7, 5, requires_grad=True)
-    kl = D.kl_divergence(D.Normal(mu, torch.exp(log_var / 2)), D.Normal(0.0, 1.0))
-    check(script.gaussian_kl(mu, log_var), kl.sum(1).mean(), mu, log_var)
-
-
-def test_categorical_kl():
-    logits = torch.randn(9, 6, requires_grad=True)
-    kl = D.kl_divergence(D.Categorical(logits=logits), D.Categorical(torch.ones(6))).mean()
-    check(gumbel_vae.categorical_kl(logits.log_softmax(1)), kl, logits)
-
-
-def test_clustering():
-    logits, warped = torch.randn(9, 6, requires_grad=True), torch.randn(18, 6, requires_grad=True)
-    q, teacher = D.Categorical(logits=logits), D.Categorical(logits=logits.detach().repeat(2, 1))
-    oracle = D.kl_divergence(teacher, D.Categorical(logits=warped)).mean()
-    oracle = oracle + 0.1 * q.entropy().mean() - 0.5 * D.Categorical(q.probs.mean(0)).entropy()
-    loss = gumbel_vae.clustering(logits.log_softmax(1), warped.log_softmax(1))
-    check(loss, oracle, logits, warped)
-
-
-def test_read_back():
-    toy, k, told = Toy(), torch.arange(50) % 10, []
-    ink, logits = torch.ones(1, requires_grad=True), torch.randn(50, 10, requires_grad=True)
-    toy.decode = lambda z, y: ink * Toy().decode(z, y).flatten(1)
-    toy.cluster = lambda x: told.append(x) or (logits + x[:, 390:400]).log_softmax(1)
-    loss = gumbel_vae.read_back(toy, torch.zeros(50, 2), k)
-    oracle = -D.Categorical(logits=logits + told[0][:, 390:400]).log_prob(k).mean()
-    check(loss, oracle, ink, logits)  # both the decoder and the reader learn
-    x = told[0].view(50, 28, 28)
-    assert_close(x[:, 14, 14], 0.3 + 0.05 * k)  # drawn for k
-    assert (x[:, 0, 0] == 0).any()  # and warped
-
-
-def test_one_hot():
-    assert_close(common.one_hot(torch.tensor([2, 0, 7])), torch.eye(10)[[2, 0, 7]])
-    assert_close(common.one_hot(torch.tensor([1, 0], dtype=torch.uint8), 2), torch.eye(2).flip(0))
-
-
-def test_score():
-    # At best 5 is digit 1, 4 and 1 cannot both be digit 2, and 3 is digit 0.
-    labels, clusters = [0, 0, 0, 1, 1, 2, 2, 2], [5, 5, 3, 5, 5, 4, 3, 1]
-    h, h_c, h_both = (D.Categorical(torch.tensor(counts)).entropy().item() for counts in (
-        [3.0, 2, 3], [4.0, 2, 1, 1], [2.0, 1, 2, 1, 1, 1]))
-    nmi = (h + h_c - h_both) / ((h + h_c) / 2)
-    assert gumbel_vae.score(labels, clusters) == pytest.approx({"nmi": nmi, "acc": 4 / 8})
-
-
-def test_warp_stretches_slants_turns_shifts_and_bends():
-    # Pixels that tell their column, or row: warped, they tell where they came from.
-    places, came = torch.arange(28.0).expand(2000, 28, 28), []
-    for x in places, places.mT:
-        torch.manual_seed(0)
-        came += [gumbel_vae.warp(x.flatten(1)).view(2000, 28, 28)[:, 7:-7, 7:-7]]
-    came = torch.stack(came)  # (2, 2000, 14, 14)
-    right, down = came.diff(dim=3).mean((2, 3)), came.diff(dim=2).mean((2, 3))
-    turn, slant = right[1], right[1] + down[0]
-    seen = torch.stack([*came.mean((2, 3)) - 13.5, right[0] - 1, down[1] - 1, turn, slant])
-    sd = torch.tensor([1.23, 1.23, 0.08, 0.08, 0.16, 0.14])
-    assert_close(seen.cov() / sd / sd[:, None], torch.eye(6), atol=0.2, rtol=0)  # each its own
-    assert (abs(seen.mean(1)) < 0.1 * sd).all()
-    assert 0.01 < abs(came.diff(n=2)).median() < 0.03  # 0 if unbent
-
-
-# The training, and what comes after it
-
-@pytest.mark.parametrize("script, options", [
-    (vae, {}), (cvae, {"beta": 5.0}),
-    (gumbel_vae, {"beta": 2.0, "tau": 0.3, "objective": "elbo"}),
-    (gumbel_vae, {"beta": 30.0, "objective": "capacity"}),
-    (gumbel_vae, {"beta": 2.0, "tau": 2.0, "gamma": 3.0, "read_weight": 7.0})])
-def test_training_goes_as_by_hand(script, options, data):
-    torch.manual_seed(0)
-    model = MODELS[script](h_dim=32, z_dim=5)
-    history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
-    torch.manual_seed(0)
-    twin = MODELS[script](h_dim=32, z_dim=5)  # the same noise
-    optimizer = torch.optim.Adam(twin.parameters())
-    beta = options.get("beta", 1)
-    for epoch, metrics in enumerate(history):
-        nelbo = 0
-        for i, batch in enumerate(torch.randperm(300).split(128), start=3 * epoch):  # of 12 steps
-            climb, half = min(1, (i + 1) / 3), min(1, i / 6)
-            optimizer.param_groups[0]["lr"] = 0.01 * min(climb, (12 - i) / 9)
-            x, kl_c = data.x_train[batch], 0
-            given = [common.one_hot(data.y_train[batch])] * (script is cvae)
-            if script is gumbel_vae:
-                warped = script.warp(torch.cat([x, x])) if "gamma" in options else x
-                log_q = twin.cluster(x)
-                given = [F.gumbel_softmax(log_q, options.get("tau", 0.5), hard=True)]
-                kl_c = script.categorical_kl(log_q)
-            mu, log_var = twin.encode(x)
-            z = D.Normal(mu, torch.exp(log_var / 2)).rsample()
-            recon = script.reconstruction(twin.logits(z, *given), x)
-            kl = script.gaussian_kl(mu, log_var)
-            nelbo += (recon + kl + kl_c).item() * len(x) / 300
-            loss = recon + (1 + (beta - 1) * climb) * kl
-            if "gamma" in options:
-                codes = torch.cat([z[::8].detach(), torch.randn(len(z[::8]), 5)])
-                k = torch.randint(10, (len(codes),))
-                loss += 3 * script.clustering(log_q, twin.cluster(warped))
-                loss += 7 * climb * script.read_back(twin, codes, k)
-            elif beta == 30:
-                loss = recon + 30 * (abs(kl - 2 * half) + abs(kl_c - math.log(10) * half))
-            else:
-                loss += kl_c
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        expected = {"nelbo_train": nelbo, **script.evaluate(twin, data)}
-        assert {**metrics, **expected} == pytest.approx(metrics, rel=1e-4, abs=1e-5)
-
-
-def test_no_step_leaves_the_device_or_waits(script, data, monkeypatch):
-    # Meta tensors hold no numbers; they refuse .item() and other devices.
-    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, fused: torch.optim.SGD(parameters))
-    with torch.device("meta"):
-        model, steps = MODELS[script](), []
-    model.to_hidden.register_forward_hook(lambda layer, given, h: steps.append(len(h)))
-    with pytest.raises(RuntimeError, match="meta"):
-        script.train(model, common.Data(*(part.to("meta") for part in data[:4]), ""), 1, 64)
-    assert steps == [64] * 4 + [44]  # only an epoch's end asks for a number
-
-
-@torch.no_grad()
-def test_each_metric_agrees_with_the_bound(script, data):
-    torch.manual_seed(0)
-    model, x, y = MODELS[script](), data.x_train.repeat(10, 1), data.y_train.repeat(10)
-    model.to_log_var.bias.fill_(-2)  # sigma is not 1
-    if script is gumbel_vae:  # c is unsure, and each draws differently
-        model.to_cluster_logits.weight.mul_(10)
-        model.from_latent.weight[:, 20:].mul_(10)
-    x_reconst, mu, log_var, *log_q = model(x, *[common.one_hot(y)] * (script is cvae))
-    assert abs(x_reconst.mean() - 0.13) < 0.05  # MNIST's mean pixel
-    terms = {"recon": F.binary_cross_entropy(x_reconst, x, reduction="sum").item() / len(x),
-             "kl": script.gaussian_kl(mu, log_var).item()}
-    of, more = 0 * y if script is vae else y, {}
-    if script is gumbel_vae:
-        c = D.Categorical(logits=log_q[0])
-        of, terms["kl_c"] = c.sample(), script.categorical_kl(*log_q).item()
-        more = script.score(y, log_q[0].argmax(1))
-        more["i_c"] = D.kl_divergence(c, D.Categorical(c.probs.mean(0))).mean().item()
-    z = D.Normal(mu, torch.exp(log_var / 2)).sample()
-    more["nelbo"] = sum(terms.values())
-    gain = D.Normal(of[:, None] / 10, 1.5).log_prob(z) - D.Normal(0.0, 1.0).log_prob(z)
-    more["nelbo_fitted"] = more["nelbo"] - gain.sum(1).mean().item()
-    priors = [D.Independent(D.Normal(torch.full((20,), k / 10), 1.5), 1) for k in range(10)]
-    given = model, data._replace(x_test=x, y_test=y), priors[0] if script is vae else priors
-    state = torch.get_rng_state()
-    metrics = script.evaluate(*given)
-    assert metrics == pytest.approx({**terms, **more}, rel=1e-3, abs=1e-5)
-    assert script.evaluate(*given) == metrics and torch.get_rng_state().equal(state)
-    assert script.evaluate(*given, seed=1)["recon"] != metrics["recon"]
-    model.to_log_var.bias.fill_(-100)  # only c is random
-    one, two = (script.evaluate(*given, seed=seed)["recon"] for seed in (0, 1))
-    assert (one != two) == (script is gumbel_vae)
-
-
-def test_fit_prior_takes_codes_of_its_own_class(script):
-    group = torch.cat([torch.arange(3600) % 9, torch.full((30,), 9)])  # 30: too few
-    group = group.clamp(max=3) if script is vae else group
-    x = group[:, None] * torch.tensor([10.0, 10.0, 0.1])  # in Toy, z ~ N(10 * group, I), c = group
+@with_classes
+def test_each_class_has_the_prior_of_its_codes(script):
+    group = torch.cat([torch.arange(3600) % 9, torch.full((30,), 9)])  # 30 codes are too few
+    x = torch.stack([10.0 * group, 10.0 * group, group / 10], 1)
     y = (group + 3) % 10
     prior = script.fit_prior(Toy(), common.Data(x, y, x + 1000, y, ""))
-    if script is vae:
-        z, share = x[:, :2] + torch.randn(3630, 2), group.bincount() / 3630
-        truth = D.Normal(x[:, :2], 1.0).log_prob(z).sum(1) + share[group].log()
-        assert abs(prior.log_prob(z).mean() - truth.mean()) < 0.2
-        return
-    prior = [prior[k] for k in (y if script is cvae else group)]
-    moments = torch.stack([torch.cat([own.mean, own.variance]) for own in prior])  # (3630, 4)
-    truth = torch.cat([x[:, :2] * (group[:, None] < 9), torch.ones(3630, 2)], 1)
-    assert_close(moments, truth, atol=0.4, rtol=0)
-    common.fit_mixture(torch.randn(80, 2, requires_grad=True), 2)
+    for k, mean in enumerate([0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 0.0]):
+        fitted = prior[(k + 3) % 10] if script is cvae else prior[k]
+        assert_close(fitted.mean, torch.full((2,), mean), atol=0.4, rtol=0)
+        assert_close(fitted.variance, torch.ones(2), atol=0.4, rtol=0)
 
 
-def test_helpers_take_the_courses_models():
-    model = Toy()
-    del model.z_dim, model.n_classes  # the course's models have none: 20 and 10
-    figure = common.plot_conditional_generation(model, n=240, fix_number=2)
-    assert abs(tones(figure).mean() - 0.4) < 0.03 and abs(tones(figure).std() - 0.1) < 0.02
-    assert figure.axes[0].images[0].to_rgba([0.0, 1.0])[:, 0].tolist() == [1, 0]  # dark on light
-    with pytest.raises(ValueError, match="no square"):
-        common.show(torch.rand(2, 60))
+def test_a_mixture_of_the_same_codes_is_the_same():
+    z = torch.rand(400, 2, requires_grad=True)  # without spots: another start ends elsewhere
+    one, same = (common.fit_mixture(z, 5).component_distribution.mean for _ in range(2))
+    assert len(one) == 5 and one.equal(same)
 
 
-def test_each_picture_shows_what_its_name_says(script, data):
-    model, history = Toy(), [{"nelbo_train": 9, "nelbo": 7}, {"nelbo_train": 8, "nelbo": 6}]
-    data = data._replace(x_test=torch.rand_like(data.x_test))  # each tells its own tone
-    priors = [D.Independent(D.Normal(torch.tensor([k / 5, 0.0]), 0.01), 1) for k in range(10)]
-    figures = script.make_figures(model, data, priors[0] if script is vae else priors, history)
-    x, classes, normal = data.x_test[:12], 0.05 * torch.arange(10)[:, None], D.Normal(0.0, 1.0)
-    given, tone = x[None, :, 0], model.decode(x)[None, :, 0, 0, 0]
-    asked = 0.05 * data.y_test[:12] if script is cvae else 0
-    assert_close(tones(figures["reconstruction"]), torch.cat([given, tone + asked]))
-    generated, fitted = tones(figures["generation"]), tones(figures["fitted"])
-    wanted = 0.3 if script is vae else 0.3 + 1.4 * classes  # z / 10, and the class
-    assert abs(fitted - wanted).max() < 0.01
-    assert generated[0].std() > 0.02 and fitted[0].std() > 1e-4
-    if script is vae:
-        ticks, figure = normal.icdf(torch.arange(10) / 10 + 0.05), figures["manifold"]
-        assert_close(tones(figure), 0.3 + 0.1 * ticks + 0.01 * ticks.flip(0)[:, None])
-        dots = figure.axes[1].collections[0]
-        noise = normal.icdf(torch.tensor(dots.get_offsets().data)) - data.x_test[:, :2]
-        assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.3
-        assert dots.get_array().tolist() == data.y_test.tolist()
-    else:
-        assert_close(generated - classes, generated[:1].expand(10, -1))  # one z down a column
-        assert_close(tones(figures["handwriting"]), torch.cat([given, 0 * given, tone + classes]).T)
-        axes = figures["fitted"].axes[0]
+def test_fewer_gaussians_are_announced(capsys):
+    assert common.fit_mixture(torch.randn(119, 2), 10).mixture_distribution.probs.shape == (2,)
+    assert "119 codes are too few to fit 10 Gaussians: fitting 2\n" in capsys.readouterr().out
+    common.fit_mixture(torch.randn(80, 2), 2)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("images, n_classes", [(0, 10), (1, 10), (0, 12)])
+def test_a_class_without_images_stops_nothing(images, n_classes, data):
+    model = cvae.CVAE(n_classes=n_classes)
+    few = data.y_train != 7
+    few[(data.y_train == 7).nonzero()[:images]] = True
+    data = common.Data(*(part[few] for part in data[:2] * 2), "")
+    prior = cvae.fit_prior(model, data)
+    assert math.isfinite(cvae.evaluate(model, data, prior)["nelbo_fitted"])
+    cvae.make_figures(model, data, prior, [])
+
+
+def test_a_cluster_without_images_stops_nothing(data):
+    model = gumbel_vae.GumbelVAE()
+    torch.nn.init.constant_(model.to_cluster_logits.bias[7:], -1000)
+    prior = gumbel_vae.fit_prior(model, data)
+    assert math.isfinite(gumbel_vae.evaluate(model, data, prior)["nelbo_fitted"])
+    gumbel_vae.make_figures(model, data, prior, [])
+
+
+# The pictures
+
+@pytest.fixture
+def figures(script, data):
+    """The pictures of Toy: images with tones of their own, and codes of class k near (k / 5, 0)."""
+    data = data._replace(x_test=torch.rand_like(data.x_test))
+    priors = [gaussian(torch.tensor([k / 5, 0.0]), 0.01) for k in range(10)]
+    history = [{"nelbo_train": 9, "nelbo": 7}, {"nelbo_train": 8, "nelbo": 6}]
+    made = script.make_figures(Toy(), data, CASES[script].prior(priors), history)
+    assert plt.get_fignums() == []  # a notebook would show those left open a second time
+    return made, data.x_test, data.y_test
+
+
+def test_x_stands_above_x_reconst(script, figures):
+    made, x, y = figures
+    told = y[:12] if script is cvae else 0
+    assert_close(tones(made["reconstruction"]), torch.stack([x[:12, 0], tone(x[:12, :2], told)]))
+
+
+def test_generation_shows_codes_from_the_normal_prior(script, figures):
+    """Tones scatter in a row, for every row as far as z does."""
+    axes = figures[0]["generation"].axes[0]
+    assert "N(0, I)" in axes.get_title("left")
+    assert 0.015 < tones(figures[0]["generation"])[0].std() < 0.12  # 0.05 in the long run
+
+
+@with_classes
+def test_generation_shares_a_code_down_a_column(script, figures):
+    seen = tones(figures[0]["generation"])
+    assert_close(seen, seen[0] + 0.03 * torch.arange(10)[:, None])  # only the class differs
+
+
+def test_fitted_shows_codes_from_the_fitted_prior(script, figures):
+    """Tones are nearly those of the codes (k / 5, 0) of each class k, and not all the same."""
+    seen = tones(figures[0]["fitted"])
+    assert "fitted prior" in figures[0]["fitted"].axes[0].get_title("left")
+    k = torch.arange(len(seen)) if script is not vae else torch.zeros(len(seen))
+    right = tone(torch.stack([k / 5, 0 * k], 1), k)
+    assert abs(seen - right[:, None]).max() < 0.005
+    assert seen[0].std() > 1e-4
+
+
+@with_classes
+def test_handwriting_shows_a_code_in_every_class(script, figures):
+    made, x = figures[0], figures[1][:12]
+    drawn = [tone(x[:, :2], k) for k in range(10)]
+    assert_close(tones(made["handwriting"]), torch.stack([x[:, 0], 0 * x[:, 0], *drawn], 1))
+
+
+@with_classes
+def test_each_row_is_labelled_with_its_class(script, figures):
+    symbol = "y" if script is cvae else "c"
+    for name in "generation", "fitted":
+        axes = figures[0][name].axes[0]
         labels = [(tick.get_text(), tick.get_position()[1]) for tick in axes.get_yticklabels()]
-        assert axes.yaxis_inverted() and labels == [
-            (f"{'y' if script is cvae else 'c'} = {k}", 28 * k + 14) for k in range(10)]
-    curves = [(line.get_label(), *line.get_xydata().flat) for line in figures["loss"].axes[0].lines]
+        assert labels == [(f"{symbol} = {k}", k + 0.5) for k in range(10)]
+        assert axes.get_ylim() == (10, 0) and axes.images[0].get_extent()[2:] == [10, 0]
+
+
+@pytest.mark.parametrize("script", [vae])
+def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
+    """Left: images at the tenths of N(0, I), z[0] to the right and z[1] up. Right: coded images."""
+    made, x, y = figures
+    left, right = made["manifold"].axes[:2]
+    middle = D.Normal(0.0, 1.0).icdf(torch.arange(10) / 10 + 0.05)
+    z = torch.stack(torch.meshgrid(middle, middle.flip(0), indexing="xy"), 2)  # (10, 10, 2)
+    assert_close(tones(made["manifold"]), tone(z))
+    dots = right.collections[0]
+    noise = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data)) - x[:, :2]
+    assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.3  # of one sample each
+    assert dots.get_array().tolist() == y.tolist()
+    assert left.images[0].get_extent() == [0, 1, 0, 1]
+    for axes in left, right:
+        assert (axes.get_xlabel()[:4], axes.get_ylabel()[:4]) == ("z[0]", "z[1]")
+        assert (*axes.get_xlim(), *axes.get_ylim()) == (0, 1, 0, 1)
+    legend = made["manifold"].legends[0].get_texts()
+    assert [re.sub(r"\D", "", text.get_text()) for text in legend] == list("0123456789")
+
+
+def test_the_curves_show_both_losses_of_each_epoch(script, figures):
+    axes = figures[0]["loss"].axes[0]
+    curves = [(line.get_label(), *line.get_xydata().flat) for line in axes.lines]
     assert curves == [("training images", 1, 9, 2, 8), ("test images", 1, 7, 2, 6)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "training images", "test images"]
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
-def test_without_a_download_the_bundled_digits_are_read(data, monkeypatch, capsys):
+def test_the_helpers_take_the_courses_models():
+    class Course(Toy):  # the course's models have no such attributes: 20 and 10 are taken
+        z_dim = n_classes = property()
+    seen = tones(common.plot_conditional_generation(Course(), n=240, fix_number=2))
+    assert seen.mean() == pytest.approx(0.4 + 2 * 0.03, abs=0.015)
+    assert seen.std() == pytest.approx(0.05, abs=0.01)
+    assert common.draw_codes(Course(), 3).shape == (3, 20)
+    with pytest.raises(TypeError):  # a label must not be taken for tau
+        common.plot_reconstruction(gumbel_vae.GumbelVAE(), torch.rand(2, 784), torch.eye(10)[:2])
+
+
+def test_ink_is_dark_whatever_a_users_settings_are():
+    images = torch.tensor([0.0, 0.5, 0.5, 0.5])[:, None].expand(4, 784)
+    settings = {"image.origin": "lower", "axes.grid": True, "image.cmap": "viridis"}
+    with plt.rc_context(settings):
+        figure = common.show(images[1:], columns=1)
+        assert not any(line.get_visible() for line in figure.axes[0].get_xgridlines())
+        assert tones(common.show(images, columns=1))[:, 0].tolist() == [0.0, 0.5, 0.5, 0.5]
+        left = common.plot_manifold(Toy(), torch.randn(9, 2)).axes[0]
+        assert left.images[0].origin == "upper"
+        assert not any(line.get_visible() for line in left.get_xgridlines())
+    image = figure.axes[0].images[0]
+    assert image.to_rgba(image.get_array())[0, 0, :3] == pytest.approx(0.5, abs=0.01)  # grey
+    assert image.to_rgba(np.array([[0.0, 1.0]]))[0, :, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("images, says", [
+    (torch.rand(2, 60), "square images"), (torch.rand(0, 784), "square images"),
+    (torch.rand(10, 9, 784), "square images"), (torch.rand(8, 4, 28, 28), "square images"),
+    (torch.full((2, 28, 28), 255, dtype=torch.uint8), "from 255 to 255"),
+    (torch.full((2, 784), -3.0), "values from 0 to 1"),
+    (torch.full((2, 784), math.nan), "values from 0 to 1")])
+def test_show_refuses_what_is_no_row_of_images(images, says):
+    with pytest.raises(ValueError, match=says):
+        common.show(images)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_prior_for_each_class_is_a_list_or_a_tuple(kind):
+    priors = kind(gaussian(torch.tensor([k / 5, 0.0]), 0.01) for k in range(10))
+    assert common.draw_codes(Toy(), 4, priors).shape == (10, 4, 2)
+    with pytest.raises(ValueError, match="takes one prior"):
+        common.plot_generation(Toy(), prior=priors)
+
+
+# The data
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.view(4, 28, 28).numpy(), lambda x: x.view(4, 1, 28, 28), lambda x: x.tolist(),
+    lambda x: (255 * x).byte(), lambda x: (255 * x).numpy().astype(">i2"),
+    lambda x: x.numpy().astype(">f8"), lambda x: x.flip(0).numpy()[::-1]])
+def test_make_data_takes_images_of_any_layout_and_type(change):
+    x = torch.arange(4.0)[:, None].expand(4, 784) / 255
+    y = np.array([3, 1, 2, 0], ">i8")[::-1]
+    data = common.make_data(change(x), y, change(x), None)
+    assert_close(data[:4], (x, torch.tensor([0, 2, 1, 3]), x, None))
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(x_train=-torch.rand(4, 4)), "floats from 0 to 1"),
+    (dict(x_test=torch.full((4, 4), math.nan)), "x_test must be .* from nan to nan"),
+    (dict(x_train=torch.ones(4, 4, dtype=torch.uint8)), "for 0 and 1, give floats"),
+    (dict(x_train=torch.rand(0, 4)), "x_train must be square images"),
+    (dict(x_test=torch.rand(4, 8)), "x_test must be square images"),
+    (dict(x_test=torch.rand(4, 9)), "one size"),
+    (dict(y_test=torch.arange(3)), "y_test must hold"),
+    (dict(y_test=torch.arange(4) - 1), "y_test must hold one integer >= 0"),
+    (dict(y_test=torch.rand(4)), "y_test must hold one integer")])
+def test_make_data_says_what_is_wrong(change, says):
+    good = dict(x_train=[[0.5] * 4], y_train=None, x_test=torch.rand(4, 2, 2), y_test=[0, 1, 2, 3])
+    common.make_data(**good)
+    with pytest.raises(ValueError, match=says):
+        common.make_data(**{**good, **change})
+
+
+def test_make_data_copies(data):
+    arrays = [part.numpy() for part in data[:4]]
+    common.make_data(*arrays).x_train.zero_()
+    common.make_data(*data).y_train.zero_()
+    assert data.x_train.any() and data.y_train.any()
+
+
+def test_labels_may_be_missing(data):
+    unlabelled = data._replace(y_train=None, y_test=None)
+    assert "nmi" not in gumbel_vae.train(gumbel_vae.GumbelVAE(), unlabelled, epochs=1)[0]
+    vae.make_figures(vae.VAE(z_dim=2), unlabelled, None, [])  # with the manifold
+    with pytest.raises(ValueError, match="needs y_train and y_test"):
+        cvae.train(cvae.CVAE(), unlabelled)
+
+
+def test_an_unknown_objective_is_refused(data):
+    with pytest.raises(ValueError, match="'ELBO' is not one of"):
+        gumbel_vae.train(gumbel_vae.GumbelVAE(), data, objective="ELBO")
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("no network")])
+def test_without_a_download_the_bundled_digits_are_read(error, data, monkeypatch, capsys):
+    timeouts = []
     def refuse(self):
-        assert socket.getdefaulttimeout() == 10  # or it might wait forever
+        timeouts.append(socket.getdefaulttimeout())
         raise error
     monkeypatch.setattr(MNIST, "download", refuse)
-    error = OSError("full disk")
-    with pytest.raises(OSError, match="full disk"):
-        common.load_mnist("new")
-    for error in TimeoutError(), RuntimeError("no network"):
-        bundled = common.load_mnist("new")
-        assert "WARNING" in capsys.readouterr().out and "NOT MNIST" in bundled.source
-    assert socket.getdefaulttimeout() is None
+    bundled = common.load_mnist("new")
+    assert "WARNING" in capsys.readouterr().out and "NOT MNIST" in bundled.source
+    assert timeouts == [10] and socket.getdefaulttimeout() is None  # or it might wait forever
     for of_file, of_all in zip(data[:4], bundled):
         assert_close(of_file, of_all[:300], atol=0.002, rtol=0)  # rounded to bytes
-    assert not set(map(bytes, bundled.x_train.numpy())) & set(map(bytes, bundled.x_test.numpy()))
+
+
+def test_another_fault_of_the_download_is_not_hidden(data, monkeypatch):
+    monkeypatch.setattr(MNIST, "download", Mock(side_effect=OSError("full disk")))
+    with pytest.raises(OSError, match="full disk"):
+        common.load_mnist("new")
+
+
+def test_the_bundled_digits_have_their_labels():
+    x_train, y_train, x_test, y_test = DIGITS
+    assert not set(map(bytes, x_train.numpy())) & set(map(bytes, x_test.numpy()))
     reader = KNeighborsClassifier(1).fit(*load_digits(return_X_y=True))
-    for x, y in (bundled.x_train, bundled.y_train), (bundled.x_test, bundled.y_test):
+    for x, y in (x_train, y_train), (x_test, y_test):
         small = F.interpolate(x.view(-1, 1, 28, 28)[..., 4:24, 4:24], size=8, mode="area")
         assert reader.score(16 * small.flatten(1), y) > 0.99
 
 
-@pytest.mark.parametrize("change, says", [
-    ({"x_train": -torch.rand(4, 4)}, "floats from 0 to 1"),
-    ({"x_test": torch.full((4, 4), math.nan)}, "x_test must be .* from nan to nan"),
-    ({"x_train": torch.ones(4, 4, dtype=torch.uint8)}, "for 0 and 1, give floats"),
-    ({"x_train": torch.rand(0, 4)}, "square images"), ({"x_test": torch.rand(4, 8)}, "square"),
-    ({"x_test": torch.rand(4, 9)}, "one size"), ({"y_test": torch.arange(3)}, "y_test must be"),
-    ({"y_test": torch.arange(4) - 1}, "from 0"), ({"y_test": torch.rand(4)}, "y_test .* integer")])
-def test_make_data_copies_and_says_what_is_wrong(change, says, data):
-    good = dict(x_train=[[0.5] * 4], y_train=None, x_test=torch.rand(4, 2, 2), y_test=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match=says):
-        common.make_data(**{**good, **change})
-    common.make_data(*data).x_train.zero_()
-    assert data.x_train.any()
-
-
-def test_labels_may_be_missing_and_mistakes_are_named(data):
-    unlabelled, model = data._replace(y_train=None, y_test=None), gumbel_vae.GumbelVAE()
-    gumbel_vae.train(model, unlabelled, epochs=1)
-    vae.make_figures(vae.VAE(z_dim=2), unlabelled, None, [])  # with the manifold
-    with pytest.raises(ValueError, match="needs y_train"):
-        cvae.train(cvae.CVAE(), unlabelled)
-    with pytest.raises(ValueError, match="'ELBO' is none of"):
-        gumbel_vae.train(model, data, objective="ELBO")
-    with pytest.raises(TypeError):  # y is no temperature
-        common.plot_reconstruction(model, data.x_test, data.y_test)
-
-
-# The command line and the README
+# The command line
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Each script as a user starts it, all at once: its folder and process."""
-    folder, runs = tmp_path_factory.mktemp("runs"), {}
+    """Runs the scripts as a user would, all at once: what each printed, and its folder."""
+    folder, started = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
     for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
         words = [script.__file__, "--epochs=3", f"--out={script.__name__}/a", *words]
-        runs[script] = folder, subprocess.Popen(
+        started[script] = subprocess.Popen(
             [sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return runs
+    printed = {script: run.communicate()[0] for script, run in started.items()}
+    assert [run.returncode for run in started.values()] == [0, 0, 0]
+    return folder, printed
 
 
-def test_a_run_learns_and_leaves_its_files(script, runs):
-    folder, run = runs[script]
-    printed, device = run.communicate()[0], "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture
+def trained(script, runs):
+    """The data, the model with the weights of the script's run, and the scores that it printed."""
+    folder, printed = runs
+    data, model = common.load_mnist(folder / "data"), CASES[script].model()
+    name = script.__name__
+    model.load_state_dict(torch.load(folder / name / "a" / f"{name}.pt"))
+    line = printed[script].split("\ntest ")[1].splitlines()[0]
+    return data, model, {name: float(value) for name, value in re.findall(r"(\w+) ([-\d.]+)", line)}
+
+
+def test_a_run_says_what_it_does_and_leaves_its_files(script, runs):
+    folder, printed = runs[0], runs[1][script]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     assert printed.startswith(f"MNIST, 14,980 + 299 images, on {device}: minimises ")
-    assert run.returncode == 0 and re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
-    wrote = [folder / path for path in re.findall("wrote (.*)", printed)]
-    assert {*wrote} == {*folder.glob(f"{script.__name__}/a/*")}
-    after = printed.split("\ntest ")[1]
-    test = {name: float(value) for name, value in re.findall(r"(\w+) (-?[\d.]+)", after)}
-    data, model, digit = common.load_mnist(folder / "data"), MODELS[script](), torch.arange(10)
+    assert re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
+    assert "\nfits the prior\n" in printed and "\ndraws the pictures\n" in printed
+    wrote = {folder / path for path in re.findall("wrote (.*)", printed)}
+    assert wrote == {*folder.glob(f"{script.__name__}/a/*")} and len(wrote) > 4
+
+
+def test_a_run_learns(script, trained):
+    data, model, scores = trained
     mean = data.x_train.mean(0).logit(eps=1e-3).expand_as(data.x_test)
-    assert test["nelbo_fitted"] < test["nelbo"] < script.reconstruction(mean, data.x_test) - 20
-    model.load_state_dict(torch.load(wrote[0]))
-    assert script.evaluate(model, data)["nelbo"] == pytest.approx(test["nelbo"], abs=0.01)
-    if script is vae:
-        return
-    if script is gumbel_vae:
-        c = model.cluster(data.x_train).argmax(1)
-        digit = torch.stack([data.y_train[c == k].bincount(minlength=10).argmax() for k in digit])
-        assert test["acc"] > 0.65 and len(set(digit.tolist())) > 7
+    assert scores["nelbo_fitted"] < scores["nelbo"] < script.reconstruction(mean, data.x_test) - 20
+    assert script.evaluate(model, data)["nelbo"] == pytest.approx(scores["nelbo"], abs=0.01)
+
+
+@only_gumbel_vae
+def test_a_run_finds_the_digits(script, trained):
+    assert trained[2]["acc"] > 0.65
+
+
+@pytest.mark.parametrize("script, least, least_fitted", [
+    (cvae, 0.8, 0.95), (gumbel_vae, 0.6, 0.6)])
+def test_a_run_draws_the_digits_asked_for(script, least, least_fitted, trained):
+    data, model, scores = trained
+    classes = CASES[script].classes(model, data.x_train, data.y_train)
+    digit = torch.stack([data.y_train[classes == k].bincount(minlength=10).argmax()
+                         for k in range(10)])
+    assert len(set(digit.tolist())) > 7
     reader = KNeighborsClassifier(3).fit(data.x_train[:1498], data.y_train[:1498])
-    for prior in script.fit_prior(model, data), None:
+    for prior, share in (None, least), (script.fit_prior(model, data), least_fitted):
         images = common.decode_classes(model, common.draw_codes(model, 50, prior)).flatten(0, 1)
-        least = 0.6 if script is gumbel_vae else 0.95 if prior else 0.8
-        assert reader.score(images, digit.repeat_interleave(50)) > least
+        assert reader.score(images, digit.repeat_interleave(50)) > share
 
 
-def test_options_reach_train_and_no_fault_costs_weights(script, data, monkeypatch):
-    with pytest.raises(SystemExit, match="diverged"):
-        start(script, "--lr=1e30")
-    signature, train = inspect.signature(script.train), Mock()
-    faults = Mock(side_effect=[KeyboardInterrupt, KeyError("own"), OSError("full")])
-    monkeypatch.setattr(script, "train", train)
-    monkeypatch.setattr(script, "fit_prior", faults)
-    defaults = {name: p.default for name, p in [*signature.parameters.items()][2:]}
+def test_the_same_seed_gives_the_same_run(script, data, monkeypatch):
+    monkeypatch.setattr(script, "make_figures", lambda *given: {})
+    words = ["--epochs=1", "--z-dim=2", "--out=."]
+    one, same = (script.main([*words, "--seed=5"]) for _ in range(2))
+    assert one == same != script.main([*words, "--seed=6"])
+
+
+def test_the_defaults_are_those_of_the_page(script):
+    defaults = CASES[script].defaults
     assert defaults.items() <= vars(script.options().parse_args([])).items()
-    changed = {**dict.fromkeys(defaults, 0.0), "epochs": 2, "batch_size": 3, "lr": 0.1}
-    changed.update({"objective": "elbo", "tau": 0.1} if script is gumbel_vae else {})
+    train = inspect.signature(script.train).parameters
+    assert all(train[name].default == defaults[name] for name in [*train][2:])
+
+
+def test_help_shows_each_default(script):
+    options = script.options()
+    assert options.format_help().count("(default: ") == len(vars(options.parse_args([])))
+
+
+@pytest.fixture
+def train(script, monkeypatch):
+    """A stand-in for the script's train that only notes what it is given."""
+    given = create_autospec(script.train, return_value=[])
+    monkeypatch.setattr(script, "train", given)
+    return given
+
+
+def test_each_option_reaches_the_training(script, data, train, monkeypatch):
+    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=OSError("stop")))
+    changed = {name: "elbo" if name == "objective" else 7 for name in CASES[script].defaults}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
-    words += ["--z-dim=7", *["--n-classes=12"] * (script is gumbel_vae)]
-    for seed, ends, says in (1, SystemExit, "130"), (2, KeyError, "own"), (1, SystemExit, "full"):
-        with pytest.raises(ends, match=says):
-            start(script, *words, f"--seed={seed}")
-    assert changed.items() <= signature.bind(*train.call_args.args).arguments.items()
-    one, two, same = (call.args[0] for call in train.call_args_list)
-    assert one.z_dim == 7 and (script is not gumbel_vae or one.n_classes == 12)
-    assert one.to_mu.bias.equal(same.to_mu.bias) and not one.to_mu.bias.equal(two.to_mu.bias)
-    assert torch.load(f"{script.__name__}.pt")["to_mu.bias"].equal(one.to_mu.bias)
+    with pytest.raises(SystemExit, match="stop"):
+        start(script, *words)
+    given = inspect.signature(train).bind(*train.call_args.args, **train.call_args.kwargs).arguments
+    found = {name: given.get(name, getattr(given["model"], name, None)) for name in changed}
+    assert found == changed
 
 
-def test_weights_survive_a_full_disk_and_load_without_a_gpu(data):
-    on_gpu = Mock(cpu=lambda: torch.ones(2))  # for common.save
+@pytest.mark.parametrize("fault, ends, says", [
+    (KeyboardInterrupt(), SystemExit, "130"), (OSError("full"), SystemExit, "full"),
+    (KeyError("a learner's"), KeyError, "a learner's")])
+def test_later_faults_cost_no_weights(fault, ends, says, script, data, train, monkeypatch):
+    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=fault))
+    with pytest.raises(ends, match=says):
+        start(script)
+    weights = train.call_args.args[0].cpu().state_dict()
+    assert_close(torch.load(f"{script.__name__}.pt"), dict(weights))
+
+
+def test_weights_survive_a_full_disk(data):
+    on_gpu = Mock(cpu=lambda: torch.ones(2))
     common.save({"bias": on_gpu}, "vae.pt")
-    resource = pytest.importorskip("resource")  # a file too large is like a full disk
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # like a full disk
     try:
         with pytest.raises(SystemExit, match="too large"):
             start(vae)
@@ -455,25 +864,58 @@ def test_weights_survive_a_full_disk_and_load_without_a_gpu(data):
     assert_close(torch.load("vae.pt"), {"bias": torch.ones(2)})
 
 
-@pytest.mark.parametrize("fault, says", [
-    *((option, option.split()[0]) for option in (
+def test_a_sealed_folder_is_found_before_training(script, data, train, monkeypatch):
+    Path("FILE").touch()
+    with pytest.raises(SystemExit, match="File exists"):
+        start(script, "--out=FILE")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on a read-only disk
+    with pytest.raises(SystemExit, match="folder sealed cannot be written to"):
+        start(script, "--out=sealed")
+    assert not train.called
+
+
+def test_a_tilde_is_the_home_folder(script, data, train, monkeypatch):
+    shutil.copytree("data", "home/data")
+    monkeypatch.setenv("HOME", os.path.abspath("home"))
+    monkeypatch.setenv("USERPROFILE", os.path.abspath("home"))  # on Windows
+    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=OSError("stop")))
+    with pytest.raises(SystemExit, match="stop"):
+        start(script, "--data=~/data", "--out=~/runs")
+    assert train.call_args.args[1].source == "MNIST"
+    assert Path(f"home/runs/{script.__name__}.pt").exists()
+    assert sorted(os.listdir()) == ["data", "home"]
+
+
+@pytest.mark.parametrize("words, says", [
+    *((words, words.split()[0]) for words in (
         "--epochs 0", "--z-dim 1.5", "--batch-size -1", "--lr 0", "--lr nan", "--beta -1",
         "--gamma inf", "--read-weight -1", "--tau 0", "--n-classes 0")),
-    ("--lr 1e30", "diverged"), ("--out FILE", "File exists"), ("--data FILE", "FILE"),
-    ("--data OTHER", "call common.make_data"), ("--data data/MNIST", "but there is data/MNIST/raw"),
-    ("--data data/MNIST/raw", "give what holds MNIST/raw"), ("--data .", "/MNIST/raw: give")])
-def test_faults_end_in_one_line(fault, says, data, capsys):
+    ("--lr 1e30", "diverged"), ("--data FILE", "FILE"), ("--data OTHER", "call common.make_data")])
+def test_bad_options_end_in_one_line(words, says, data, capsys):
     Path("FILE").touch()
     shutil.copytree("data", "OTHER")
     Path("OTHER/MNIST/raw/train-images-idx3-ubyte").write_bytes(b"noise")
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        start(gumbel_vae, *fault.split())
+        start(gumbel_vae, *words.split())
     error = capsys.readouterr().err if stop.value.code == 2 else str(stop.value.code)
-    assert says in error.splitlines()[-1] and sorted(Path().rglob("*")) == before
+    assert says in error.splitlines()[-1]
+    assert sorted(Path().rglob("*")) == before
 
 
-def test_importing_does_nothing_and_a_pasted_script_trains(script, data, monkeypatch, capsys):
+def test_a_training_that_diverges_says_so(script, data):
+    with pytest.raises(SystemExit, match="diverged"):
+        start(script, "--lr=1e30")
+
+
+def test_a_log_file_shows_each_line_at_once(monkeypatch):
+    written, seen = io.BytesIO(), []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
+    common.run(lambda argv: print("epoch 1") or seen.append(written.getvalue()))
+    assert b"epoch 1" in seen[0]
+
+
+def test_a_pasted_script_trains(script, data, monkeypatch, capsys):
     source = Path(script.__file__).read_text(encoding="utf-8")
     exec(source, {"__name__": script.__name__})
     assert (*capsys.readouterr(), os.listdir()) == ("", "", ["data"])
@@ -482,19 +924,26 @@ def test_importing_does_nothing_and_a_pasted_script_trains(script, data, monkeyp
     assert Path(f"samples/{script.__name__}.pt").exists()
 
 
-def test_the_readmes_quotes_links_and_commands():
-    source = " ".join("".join(inspect.getsource(module) for module in (*MODELS, common)).split())
+# The page
+
+def test_the_page_quotes_the_code_as_it_is():
+    source = " ".join("".join(inspect.getsource(module) for module in (*CASES, common)).split())
     for block in re.findall(r"```py\n(.*?)```", README, re.DOTALL):
         assert " ".join(block.split()) in source
+
+
+def test_the_links_of_the_page_lead_somewhere():
     assert all((HERE / path).exists() for path in re.findall(r"\]\(([\w./]+)[#)]", README))
     for name, path, number in re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README):
         line = (HERE / path).read_text(encoding="utf-8").splitlines()[int(number) - 1]
         assert line.startswith(f"def {name}(")
-    for script in MODELS:
-        commands = rf"\bpython {script.__name__}\.py\b([^\n#`&;|<]*)"
-        for words in re.findall(commands, README + script.__doc__):
-            script.options().parse_args(words.split())
 
 
-def test_the_readmes_snippets_run_in_order(data):
+def test_the_commands_of_the_page_are_taken(script):
+    commands = rf"\bpython {script.__name__}\.py\b([^\n#`&;|<]*)"
+    for words in re.findall(commands, README + script.__doc__):
+        script.options().parse_args(words.split())
+
+
+def test_the_snippets_of_the_page_run_in_order(data):
     exec("".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)), {})
