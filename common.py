@@ -59,16 +59,17 @@ def draw_grid(axes, grid, extent):
     axes.grid(False)
 
 
-def show(images, title="", columns=8, row_labels=()):
-    """A figure of images (N, 784) in rows of `columns`, dark ink on white."""
+def show(images, title="", columns=8, row_labels=(), size=0.6):
+    """A figure of images (N, 784) in rows of `columns`, each `size` inches wide, ink on white."""
     grid = tile(images, columns)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    width = 0.6 * columns + 0.5 * bool(row_labels)  # inches
-    figure, axes = plt.subplots(figsize=(max(4, width), 0.6 * rows + 0.3), layout="constrained")
+    width = size * (columns + 1.6 * bool(row_labels))
+    figure, axes = plt.subplots(figsize=(max(4, width), size * rows + 0.3), layout="constrained")
     draw_grid(axes, grid, extent=(0, columns, rows, 0))  # an image is 1 wide and 1 high
     axes.set_title(title, fontsize=10, loc="left")
     axes.set(xticks=[], yticks=np.arange(len(row_labels)) + 0.5, yticklabels=row_labels)
+    axes.tick_params(labelsize=32 * size, length=0)
     plt.close(figure)  # or a notebook would show it twice
     return figure
 
@@ -109,7 +110,7 @@ def plot_generation(model, n=24, prior=None, title="generated images"):
 
 
 def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="one class per row",
-                                symbol="y"):
+                                symbol="y", size=0.6):
     """A figure with one class per row and n columns, or n images of the class fix_number.
 
     The drawings of a column share their z, unless `prior` is a list with a prior for each class.
@@ -118,7 +119,7 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
     if fix_number is not None:
         return show(images[fix_number], title)
     row_labels = [f"{symbol} = {k}" for k in range(len(images))]
-    return show(images.flatten(0, 1), title, n, row_labels)
+    return show(images.flatten(0, 1), title, n, row_labels, size)
 
 
 def plot_handwriting(model, x, title="input, then its z decoded in every class"):

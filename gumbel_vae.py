@@ -261,10 +261,10 @@ def make_figures(model, data, prior, history):
     figures = {
         "reconstruction": common.plot_reconstruction(model, x),
         "generation": plot(model, title="z ~ N(0, I), one per column", symbol="c"),
-        "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c"),
+        "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c",
+                       size=0.28),  # which is 28 pixels
         "handwriting": common.plot_handwriting(model, x),
         "loss": common.plot_curves(history)}
-    figures["fitted"].set_size_inches(6.1, 3)  # so that a digit is 28 pixels wide
     return figures
 
 
