@@ -231,8 +231,8 @@ def bundled_digits():
 def fit_mixture(z, n_components):
     """A mixture of Gaussians, fitted to codes z (N, z_dim), as a torch distribution.
 
-    A Gaussian needs 20 codes per dimension, on average. Where the codes are too few, fewer
-    Gaussians than n_components are fitted; where they are too few for one, it is N(0, I).
+    We ask for 20 codes per dimension and Gaussian, on average. If the codes are too few, fewer
+    Gaussians than n_components are fitted; if they are too few for one, N(0, I) is returned.
     """
     n, z_dim = z.shape
     enough = n // (20 * z_dim)

@@ -8,10 +8,10 @@ to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the los
 and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
 too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: the label
 is followed, but most of the handwriting is lost. Back at beta = 1, a prior fitted to the codes of
-each digit leaves few contradictions and few holes.
+each digit leaves few contradictions.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
-    Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y
+    Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y, too
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
 
@@ -119,7 +119,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, from one z per image; FloatingPointError if not finite."""
+    """Test metrics, in nats per image, by one z for each; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
@@ -130,7 +130,7 @@ def evaluate(model, data, prior=None, seed=0):
     kl = gaussian_kl(mu, log_var).item()
     common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # then the bound has log r(z) of these z in place of log p(z)
+    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
         log_prior = log_r.gather(0, data.y_test[None]).sum()  # each z under its label's prior

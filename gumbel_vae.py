@@ -13,7 +13,7 @@ and --objective decides what happens to its KL terms:
                 for the digit.
     clustering  KL(z) stays. c should not change when x is warped, should be sure, and should use
                 all clusters: this finds the digits. What is drawn for c must be read as c: this
-                makes the decoder obey.
+                makes the decoder obey c more often.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -101,7 +101,7 @@ def clustering(log_q, log_q_warped):
     """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017.
 
     log_q (N, K) is of images x, log_q_warped (2 N, K) of two warps Tx of each: of all x, then of
-    all x again. Only Tx learns from the KL. H(c) is the entropy of q(c), the mean over this batch.
+    all x again. In the KL only q(c|Tx) learns. H(c) is the entropy of the batch's mean q(c|x).
     """
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
     # kl_div(log q, log p) is KL(p || q): what learns comes first.
@@ -169,7 +169,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             if objective == "clustering":
                 clustered = torch.cat([x, warp(x.repeat(2, 1))])  # (3 B, 784)
             mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
-            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # (B or 2 B, K)
+            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # 2 B of Tx
             c = F.gumbel_softmax(log_q, tau, hard=True)  # (B, n_classes): one-hot, with a gradient
             z = reparameterize(mu, log_var)  # (B, z_dim)
             recon = reconstruction(model.logits(z, c), x)  # nats per image
@@ -202,7 +202,10 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, by one z and c per image; FloatingPointError if not finite."""
+    """Test metrics, in nats per image, by one z and c for each, and the scores of the clusters.
+
+    FloatingPointError if they are not finite.
+    """
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
@@ -220,7 +223,7 @@ def evaluate(model, data, prior=None, seed=0):
     h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()  # the entropy of c over all images
     i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c) = KL(c) - KL(q(c) || uniform)
     metrics = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "nelbo": nelbo}
-    if prior is not None:  # then the bound has log r(z|c) of these z in place of log p(z)
+    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
         log_prior = log_r.gather(0, c[None]).sum()  # each z under its cluster's prior
@@ -278,7 +281,7 @@ def options():
     add("--batch-size", type=common.positive_int, default=128, help="images per step")
     add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
     add("--beta", type=common.nonnegative_float, default=1.0,
-        help="weight of KL(z); use 30 with capacity")
+        help="weight of KL(z), or of both pulls of capacity: there use 30")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="what happens to the KL terms")
     add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")

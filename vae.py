@@ -7,9 +7,9 @@ Both networks are trained to maximise the evidence lower bound,
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || N(0, I) ),
 
-which means to minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits leave
-holes in N(0, I), and a z from a hole often draws no digit. A mixture of Gaussians fitted to the
-codes has fewer holes.
+which means to minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits are not
+spread like N(0, I), and a z from N(0, I) often draws no digit. A mixture of Gaussians, fitted to
+the codes after training, follows them more closely.
 
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114
     Ghosh et al. 2020, From Variational to Deterministic Autoencoders, arXiv:1903.12436, section 4
@@ -110,7 +110,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, nats per image, from one z per image; FloatingPointError if not finite."""
+    """Test metrics, in nats per image, by one z for each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
@@ -120,7 +120,7 @@ def evaluate(model, data, prior=None, seed=0):
     kl = gaussian_kl(mu, log_var).item()
     common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # then the bound has log r(z) of these z in place of log p(z)
+    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))  # to save memory
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
