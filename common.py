@@ -1,9 +1,9 @@
 """What the three scripts share: the pictures, the data, the fitted prior, and a little plumbing.
 
 An image is a row of 784 pixels in [0, 1], where 1 is ink; other square sizes work, too. A picture
-is a matplotlib figure; a notebook shows it if it is the last line of a cell. A model is any
+is a matplotlib figure; a notebook shows it as the value of a cell's last line. A model is any
 nn.Module whose decode(z), or decode(z, y) with a one-hot y, gives images. If it has no attributes
-z_dim and n_classes, the helpers take 20 and 10.
+z_dim and n_classes, the helpers assume 20 and 10.
 """
 import io
 import math
@@ -53,14 +53,14 @@ def tile(images, columns):
 
 
 def draw_grid(axes, grid, extent):
-    """Draws dark ink on white, upright and without lines, whatever the user's matplotlibrc says."""
+    """Draws dark ink on white, upright and without grid, whatever the user's matplotlibrc says."""
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", origin="upper",
                 extent=extent)
     axes.grid(False)
 
 
 def show(images, title="", columns=8, row_labels=(), size=0.6):
-    """A figure of images (N, 784) in rows of `columns`, each `size` inches wide, ink on white."""
+    """A figure of images (N, 784) in rows of `columns`, each image `size` inches wide."""
     grid = tile(images, columns)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -82,7 +82,7 @@ def plot_reconstruction(model, x, y=None, title="images above their reconstructi
 
 
 def draw_codes(model, n, prior=None):
-    """Codes z (n, z_dim) from N(0, I) or from a prior; from a list of priors, n for each class."""
+    """Codes z (n, z_dim) from N(0, I) or from `prior`; for a list of priors, n for each class."""
     if isinstance(prior, (list, tuple)):
         return torch.stack([draw_codes(model, n, p) for p in prior])  # (n_classes, n, z_dim)
     z = torch.randn(n, getattr(model, "z_dim", 20)) if prior is None else prior.sample((n,))
@@ -123,7 +123,10 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
 
 
 def plot_handwriting(model, x, title="input, then its z decoded in every class"):
-    """A figure with one row per image of x (N, 784). After Kingma et al. 2014, figure 1."""
+    """A figure with one row per image of x (N, 784): the image, then its z in every class.
+
+    After Kingma et al. 2014, figure 1.
+    """
     x = x.flatten(1)
     columns = [x, torch.zeros_like(x), *decode_classes(model, model.encode(x)[0])]
     return show(torch.stack(columns, 1).flatten(0, 1), title, len(columns))
@@ -131,7 +134,7 @@ def plot_handwriting(model, x, title="input, then its z decoded in every class")
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """The plane of z, in quantiles of N(0, I): its images, and codes (N, 2) coloured by label."""
+    """The plane of z, in quantiles of N(0, I): images decoded there, and codes (N, 2) by label."""
     normal = D.Normal(0.0, 1.0)
     ticks = (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
@@ -175,9 +178,10 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
         image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
         if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
-            raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 (for "
-                             f"0 and 1, give floats): {x.dtype} from {x.min()} to {x.max()}")
-        x = x.reshape(len(x), -1).astype("float32")  # PyTorch reads no reversed, big-endian arrays
+            raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 "
+                             "(images of only 0 and 1 must be floats), and not "
+                             f"{x.dtype} from {x.min()} to {x.max()}")
+        x = x.reshape(len(x), -1).astype("float32")  # torch reads no reversed or big-endian arrays
         tensors.append(torch.from_numpy(x).to(device).div_(most))
         if y is not None:
             y = np.asarray(y)
@@ -204,7 +208,7 @@ def load_mnist(root="data", device="cpu"):
     try:
         train, test = (MNIST(root, train, download=True) for train in (True, False))
         data = make_data(train.data, train.targets, test.data, test.targets, "MNIST")
-    except Exception as error:  # torchvision raises all sorts
+    except Exception as error:  # torchvision raises all sorts of errors
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
             raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
@@ -273,19 +277,19 @@ def results_folder(path):
     """The folder of this path, made if missing; OSError if the results could not be saved there."""
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # to know it before the training
-        raise OSError(f"the folder {folder} cannot be written to; give another one by --out")
+    if not os.access(folder, os.W_OK):  # so that it is known before the training
+        raise OSError(f"the folder {folder} cannot be written to; give another one with --out")
     return folder
 
 
 def check_finite(loss):
-    """FloatingPointError if the loss, in nats, is not finite, because the training diverged."""
+    """Raises FloatingPointError if the loss is not finite: then the training has diverged."""
     if not math.isfinite(loss):
         raise FloatingPointError("the training diverged: the loss is not finite; try a smaller lr")
 
 
 def save(state_dict, path):
-    """Saves weights that load on any device; an older file stays until all are written."""
+    """Saves weights that load on any device; an older file stays until they are complete."""
     content = io.BytesIO()  # on a full disk, torch.save to a path raises no OSError
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, content)
     part = Path(f"{path}.part")
@@ -295,7 +299,7 @@ def save(state_dict, path):
 
 
 def run(main):
-    """Calls main with the command line's arguments; our own errors end in one line."""
+    """Calls main with the command line's arguments; file errors and divergence end in one line."""
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run

@@ -6,9 +6,9 @@ to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the los
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
 and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
-too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: the label
-is followed, but most of the handwriting is lost. Back at beta = 1, a prior fitted to the codes of
-each digit leaves few contradictions.
+too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: drawings
+follow the label, but most of the handwriting is lost. If z comes from a prior fitted to the codes
+of each digit, there are few contradictions at beta = 1, too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y, too
@@ -53,7 +53,7 @@ class CVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
     def decode(self, z, y):
-        """Like logits, but as probabilities (N, 784): the picture."""
+        """The pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z, y))
 
     def forward(self, x, y):
@@ -63,7 +63,7 @@ class CVAE(nn.Module):
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
@@ -96,7 +96,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The KL's weight climbs, too: with 10 from the start, cvae.py ends 2 nats higher.
+            # The KL's weight climbs, too: with 10 from the start, cvae.py's -ELBO is 2 nats higher.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
@@ -142,7 +142,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|y): a list with a mixture for each label, over the codes of its images."""
+    """Fits a prior r(z|y): a list with a mixture for each label, fitted to its images' codes."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     groups = [codes[data.y_train == k] for k in range(model.n_classes)]
     return [common.fit_mixture(z, n_components) for z in groups]
@@ -188,16 +188,16 @@ def main(argv=()):
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          f"minimises reconstruction + {args.beta:g} * KL")
+          f"minimising reconstruction + {args.beta:g} * KL")
     torch.manual_seed(args.seed)
     model = CVAE(z_dim=args.z_dim).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta)
     common.save(model.state_dict(), out / "cvae.pt")  # before anything else can fail
-    print("fits the prior")
+    print("fitting the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
-    print("draws the pictures")
+    print("drawing the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"cvae_{name}.png")
         print("wrote", out / f"cvae_{name}.png")

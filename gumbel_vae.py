@@ -1,4 +1,4 @@
-"""The Gumbel-softmax VAE: besides z it has a categorical c, and clusters digits without labels.
+"""The Gumbel-softmax VAE: besides z it has a categorical c, to cluster digits without labels.
 
 A digit is drawn from p(x|z, c): c, uniform over ten clusters, should name the digit, and
 z ~ N(0, I) should hold the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), yet lets
@@ -8,12 +8,12 @@ a gradient through. The bound is
 
 and --objective decides what happens to its KL terms:
 
-    elbo        Both stay, KL(z) with the weight beta. At beta = 1, c stays nearly empty.
+    elbo        Both stay, and beta weighs that of z. At beta = 1, c stays nearly empty.
     capacity    Both are pulled towards set values; use --beta 30. c is used, but not necessarily
                 for the digit.
-    clustering  KL(z) stays. c should not change when x is warped, should be sure, and should use
-                all clusters: this finds the digits. What is drawn for c must be read as c: this
-                makes the decoder obey c more often.
+    clustering  That of z stays. In place of the other, c should not change when x is warped, should
+                be sure, and should use all clusters: this finds the digits. What is drawn for c
+                must be read as c: this makes the decoder obey c more often.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -66,7 +66,7 @@ class GumbelVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
     def decode(self, z, c):
-        """Like logits, but as probabilities (N, 784): the picture."""
+        """The pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z, c))
 
     def forward(self, x, *, tau=0.5):
@@ -78,7 +78,7 @@ class GumbelVAE(nn.Module):
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
@@ -100,11 +100,12 @@ def categorical_kl(log_q):
 def clustering(log_q, log_q_warped):
     """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017.
 
-    log_q (N, K) is of images x, log_q_warped (2 N, K) of two warps Tx of each: of all x, then of
-    all x again. In the KL only q(c|Tx) learns. H(c) is the entropy of the batch's mean q(c|x).
+    log_q (N, K) belongs to images x, and log_q_warped (2 N, K) to two warps Tx of each, one of all
+    x and then another of all x. The KL is a mean over both, and only q(c|Tx) learns from it.
+    H(c|x) is the mean entropy of q(c|x), and H(c) the entropy of the mean of q(c|x).
     """
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
-    # kl_div(log q, log p) is KL(p || q): what learns comes first.
+    # kl_div(log q, log p) is KL(p || q): the argument that learns comes first.
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
     h_c_given_x = -(log_q.exp() * log_q).sum(1).mean()
     log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,), over this batch
@@ -161,7 +162,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The KL's weight climbs, too: with 10 from the start, cvae.py ends 2 nats higher.
+            # The KL's weight climbs, too: with 10 from the start, cvae.py's -ELBO is 2 nats higher.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
@@ -214,7 +215,7 @@ def evaluate(model, data, prior=None, seed=0):
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     kl = gaussian_kl(mu, log_var).item()
     kl_c = categorical_kl(log_q).item()
-    common.check_finite(kl + kl_c)  # as multinomial refuses nan in words of its own
+    common.check_finite(kl + kl_c)  # multinomial would raise another error
     c = torch.multinomial(log_q.exp().cpu(), 1, generator=generator)[:, 0].to(mu.device)  # (N,)
     logits = model.logits(z, common.one_hot(c, model.n_classes))  # (N, 784)
     recon = reconstruction(logits, data.x_test).item()
@@ -236,8 +237,8 @@ def evaluate(model, data, prior=None, seed=0):
 def score(labels, clusters):
     """NMI and ACC of labels and clusters (N,).
 
-    ACC pairs labels with clusters, one to one, such that the most images are in their label's
-    cluster, and is the share of these images.
+    For ACC, each label is paired with a cluster of its own, such that the most images are in their
+    label's cluster; ACC is the share of these images.
     """
     counts = contingency_matrix(labels, clusters)
     pairs = linear_sum_assignment(counts, maximize=True)
@@ -249,7 +250,7 @@ def score(labels, clusters):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|c): a list with a mixture for each cluster, over its images' codes."""
+    """Fits a prior r(z|c): a list with a mixture for each cluster, to its images' codes."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     clusters = torch.cat([model.cluster(x).argmax(1) for x in data.x_train.split(10000)])
     groups = [codes[clusters == k] for k in range(model.n_classes)]
@@ -265,7 +266,7 @@ def make_figures(model, data, prior, history):
         "reconstruction": common.plot_reconstruction(model, x),
         "generation": plot(model, title="z ~ N(0, I), one per column", symbol="c"),
         "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c",
-                       size=0.28),  # which is 28 pixels
+                       size=0.28),  # inches, which are 28 pixels
         "handwriting": common.plot_handwriting(model, x),
         "loss": common.plot_curves(history)}
     return figures
@@ -283,9 +284,9 @@ def options():
     add("--beta", type=common.nonnegative_float, default=1.0,
         help="weight of KL(z), or of both pulls of capacity: there use 30")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
-        help="what happens to the KL terms")
+        help="which loss to minimise: see the top of the file")
     add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")
-    add("--read-weight", type=common.nonnegative_float, default=15.0, help="weight of read_back")
+    add("--read-weight", type=common.nonnegative_float, default=15.0, help="weight of reading back")
     add("--tau", type=common.positive_float, default=0.5, help="temperature of the Gumbel-softmax")
     add("--n-classes", type=common.positive_int, default=10, help="number of clusters")
     add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
@@ -302,18 +303,18 @@ def main(argv=()):
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          f"minimises the loss of --objective {args.objective}")
+          f"minimising the loss of --objective {args.objective}")
     torch.manual_seed(args.seed)
     model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta,
                     objective=args.objective, gamma=args.gamma, read_weight=args.read_weight,
                     tau=args.tau)
     common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything else can fail
-    print("fits the prior")
+    print("fitting the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
-    print("draws the pictures")
+    print("drawing the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"gumbel_vae_{name}.png")
         print("wrote", out / f"gumbel_vae_{name}.png")

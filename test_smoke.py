@@ -674,7 +674,7 @@ def test_make_data_takes_images_of_any_layout_and_type(change):
 @pytest.mark.parametrize("change, says", [
     (dict(x_train=-torch.rand(4, 4)), "floats from 0 to 1"),
     (dict(x_test=torch.full((4, 4), math.nan)), "x_test must be .* from nan to nan"),
-    (dict(x_train=torch.ones(4, 4, dtype=torch.uint8)), "for 0 and 1, give floats"),
+    (dict(x_train=torch.ones(4, 4, dtype=torch.uint8)), "images of only 0 and 1 must be floats"),
     (dict(x_train=torch.rand(0, 4)), "x_train must be square images"),
     (dict(x_test=torch.rand(4, 8)), "x_test must be square images"),
     (dict(x_test=torch.rand(4, 9)), "one size"),
@@ -768,9 +768,9 @@ def trained(script, runs):
 def test_a_run_says_what_it_does_and_leaves_its_files(script, runs):
     folder, printed = runs[0], runs[1][script]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert printed.startswith(f"MNIST, 14,980 + 299 images, on {device}: minimises ")
+    assert printed.startswith(f"MNIST, 14,980 + 299 images, on {device}: minimising ")
     assert re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
-    assert "\nfits the prior\n" in printed and "\ndraws the pictures\n" in printed
+    assert "\nfitting the prior\n" in printed and "\ndrawing the pictures\n" in printed
     wrote = {folder / path for path in re.findall("wrote (.*)", printed)}
     assert wrote == {*folder.glob(f"{script.__name__}/a/*")} and len(wrote) > 4
 

@@ -1,4 +1,4 @@
-"""The variational auto-encoder (VAE): it explains digits by hidden causes, and learns by the ELBO.
+"""The variational auto-encoder (VAE): it explains digits by hidden causes, and maximises the ELBO.
 
 A digit x is drawn in two steps: first a code z of 20 numbers from N(0, I), then 784 pixels from
 p(x|z), which a decoder network computes. There is no formula for the posterior p(z|x), which says
@@ -7,7 +7,7 @@ Both networks are trained to maximise the evidence lower bound,
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || N(0, I) ),
 
-which means to minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits are not
+that is, to minimise -ELBO = reconstruction + KL, in nats per image. The codes of digits are not
 spread like N(0, I), and a z from N(0, I) often draws no digit. A mixture of Gaussians, fitted to
 the codes after training, follows them more closely.
 
@@ -50,7 +50,7 @@ class VAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def decode(self, z):
-        """Like logits, but as probabilities (N, 784): the picture."""
+        """The pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z))
 
     def forward(self, x):
@@ -60,7 +60,7 @@ class VAE(nn.Module):
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim), so that gradients reach both. Kingma and Welling, 2.4."""
+    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
@@ -131,7 +131,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=150):
-    """Fits a prior r(z): a mixture of Gaussians over one sampled code per training image."""
+    """Fits a prior r(z): a mixture of Gaussians, to one sampled code per training image."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     return common.fit_mixture(codes, n_components)
 
@@ -174,16 +174,16 @@ def main(argv=()):
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
     print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          "minimises reconstruction + KL")
+          "minimising reconstruction + KL")
     torch.manual_seed(args.seed)
     model = VAE(z_dim=args.z_dim).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr)
     common.save(model.state_dict(), out / "vae.pt")  # before anything else can fail
-    print("fits the prior")
+    print("fitting the prior")
     prior = fit_prior(model, data)
     metrics = evaluate(model, data, prior)
     print("test", *(f" {name} {value:.3f}" for name, value in metrics.items()))
-    print("draws the pictures")
+    print("drawing the pictures")
     for name, figure in make_figures(model, data, prior, history).items():
         figure.savefig(out / f"vae_{name}.png")
         print("wrote", out / f"vae_{name}.png")
