@@ -104,26 +104,28 @@ def insist(right, words):
         pytest.fail(words, pytrace=False)
 
 
-def judge(name, loss, oracle, hint="", **inputs):
+def judge(name, loss, oracle, terms="", hint="", **inputs):
     """Compares a loss with an oracle: first their values, then their gradients by name."""
-    insist(torch.is_tensor(loss), f"{name} returned {loss}; it should return a tensor")
+    found = loss if loss is None else f"a {type(loss).__name__}"
+    insist(torch.is_tensor(loss), f"{name} returned {found}; it should return a tensor")
     insist(loss.dim() == 0, f"{name} returned a tensor of shape {tuple(loss.shape)}; it should "
                             "return a single number, averaged over the images")
     insist(torch.isclose(loss.double(), oracle.double(), rtol=1e-4, atol=1e-5),
-           f"{name} returned {loss:.5g}; it should return {oracle:.5g}")
+           f"{name} returned {loss:.5g}; it should return {oracle:.5g}{terms}")
     for of, x in inputs.items():
         found, right = (torch.autograd.grad(value + 0 * x.sum(), x, retain_graph=True)[0]
                         for value in (loss, oracle))
-        insist(torch.allclose(found, right, rtol=1e-4, atol=1e-6),
-               f"{name} returns the right number, but the gradient of {of} is "
+        insist(found.any() and torch.allclose(found, right, rtol=1e-3, atol=1e-4),
+               f"{name} returns the right values, but the gradient of {of} is "
                f"{'wrong' if found.any() else 'zero'}{hint}")
 
 
 def test_reparameterize(script):
     mu, log_var = torch.randn(2, 3, 5, requires_grad=True)
     z = script.reparameterize(mu, log_var)
-    insist(torch.is_tensor(z), f"reparameterize returned {z}; it should return a tensor")
-    insist(z.shape == (3, 5), f"reparameterize returned the shape {tuple(z.shape)}; mu has (3, 5)")
+    found = (z.shape, z.dtype) if torch.is_tensor(z) else z
+    insist(found == (mu.shape, mu.dtype),
+           f"reparameterize returned {found}; it should return a tensor like mu")
     z = torch.stack([z, *(script.reparameterize(mu, log_var) for _ in range(4000))])
     noise = ((z - mu) / torch.exp(log_var / 2)).detach().flatten(1)  # (4001, 15)
     off = noise.T.cov() - torch.eye(15)  # from independent N(0, 1)
@@ -165,26 +167,31 @@ def test_clustering():
     h_c = D.Categorical(q.probs.mean(0)).entropy()
     oracle = invariance + 0.1 * q.entropy().mean() - 0.5 * h_c
     loss = gumbel_vae.clustering(logits.log_softmax(1), warped.log_softmax(1))
+    terms = f" = KL {invariance:.4g} + 0.1 H(c|x) {q.entropy().mean():.4g} - 0.5 H(c) {h_c:.4g}"
     hint = ": in the KL only log_q_warped learns, in the entropies log_q"
-    judge("clustering", loss, oracle, hint, log_q=logits, log_q_warped=warped)
+    judge("clustering", loss, oracle, terms, hint, log_q=logits, log_q_warped=warped)
 
 
 def test_read_back():
-    k, seen = torch.arange(50) % 10, []
-    ink, reader = torch.ones(1, requires_grad=True), torch.randn(50, 10, requires_grad=True)
-    model = Mock(n_classes=10, logits=lambda z, y: (ink * y @ torch.linspace(-1, 1, 10)[:, None]
-                                                    ).expand(-1, 784))
-    model.decode = lambda z, y: model.logits(z, y).sigmoid()  # the tone of an image tells its k
-    model.cluster = lambda x: seen.append(x) or (reader + x[:, 390:400]).log_softmax(1)
-    loss = gumbel_vae.read_back(model, torch.zeros(50, 2), k)
-    insist(loss is None or seen, "read_back: the drawing should be read by model.cluster")
-    log_q = (reader + seen[0][:, 390:400]).log_softmax(1) if seen else reader
-    judge("read_back", loss, -log_q[range(50), k].mean(), ": the drawing and the reader both learn",
-          drawing=ink, reader=reader)
-    x = seen[0].view(50, 28, 28)
-    insist(torch.allclose(x[:, 14, 14], torch.linspace(-1, 1, 10)[k].sigmoid()),
-           "read_back: the drawing should be of the cluster k")
-    insist((x[:, 0, 0] == 0).any(), "read_back: the drawing should be warped before it is read")
+    model, read = gumbel_vae.GumbelVAE(h_dim=32), []
+    for layer in model.from_latent, model.to_cluster_logits:
+        torch.nn.init.normal_(layer.weight)  # so that drawings and their readings differ
+    model.to_cluster_hidden.register_forward_pre_hook(lambda layer, x: read.append(x[0]))
+    z, k = torch.randn(50, 20), torch.arange(50) % 10
+    torch.manual_seed(0)
+    loss = gumbel_vae.read_back(model, z, k)
+    drawn = model.decode(z, one_hot(k))
+    torch.manual_seed(0)  # the same warps
+    warped = gumbel_vae.warp(drawn)
+    if loss is not None:
+        insist(read, "read_back: the drawing should be read by model.cluster")
+        insist(not drawn.equal(read[0]),
+               "read_back: the drawing should be warped before it is read")
+        insist(warped.shape == read[0].shape and torch.allclose(warped, read[0], atol=1e-4),
+               "read_back: what is read should be warp(model.decode(z, y)) of the one-hot k as y")
+    oracle = -model.cluster(warped)[range(50), k].mean()
+    judge("read_back", loss, oracle, hint=": the drawing and the reader both learn",
+          drawing=model.to_logits.bias, reader=model.to_cluster_logits.bias)
 
 
 def test_one_hot():
@@ -194,7 +201,7 @@ def test_one_hot():
         insist(torch.is_tensor(found), f"one_hot returned {found}; it should return a tensor")
         insist(found.shape == right.shape and (found == right).all(),
                f"one_hot of {labels} returned\n{found}\nit should return\n{right}")
-        insist(found.dtype == torch.float32, f"one_hot returned {found.dtype}, not floats")
+        insist(found.dtype == right.dtype, f"one_hot returned {found.dtype}, not {right.dtype}")
 
 
 def test_score():
