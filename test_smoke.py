@@ -48,12 +48,12 @@ CASES = {
         dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20)),
     cvae: Case(
         cvae.CVAE, lambda x, y: (x, one_hot(y)), lambda model, x, y: y, list,
-        dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20, beta=10)),
+        dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20, beta=10.0)),
     gumbel_vae: Case(
         gumbel_vae.GumbelVAE, lambda x, y: (x,),
         lambda model, x, y: D.Categorical(logits=model.cluster(x)).sample(), list,
-        dict(epochs=15, batch_size=128, lr=6e-3, z_dim=20, beta=1, objective="clustering",
-             gamma=400, read_weight=15, tau=0.5, n_classes=10))}
+        dict(epochs=15, batch_size=128, lr=6e-3, z_dim=20, beta=1.0, objective="clustering",
+             gamma=400.0, read_weight=15.0, tau=0.5, n_classes=10))}
 
 
 @pytest.fixture(params=CASES, ids=lambda script: script.__name__)
@@ -279,7 +279,7 @@ def elbo_by_hand(model, x, y, climb, progress):
 
 def capacity_by_hand(model, x, y, climb, progress):
     log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=0.5)
-    pulls = abs(kl - 2 * progress) + abs(kl_c - math.log(10) * progress)
+    pulls = abs(kl - 2 * progress) + abs(kl_c - math.log(12) * progress)  # of 12 clusters
     return recon + kl + kl_c, recon + 30 * pulls  # beta = 30
 
 
@@ -288,26 +288,28 @@ def clustering_by_hand(model, x, y, climb, progress):
     log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=2.0)
     codes = z[::8].detach()
     codes = torch.cat([codes, torch.randn(len(codes), 5)])
-    k = torch.randint(10, (len(codes),))
+    k = torch.randint(12, (len(codes),))
     loss = recon + (1 + (2 - 1) * climb) * kl  # beta = 2
     loss = loss + 3 * gumbel_vae.clustering(log_q, model.cluster(warped))  # gamma = 3
     loss = loss + 7 * climb * gumbel_vae.read_back(model, codes, k)  # the read weight is 7
     return recon + kl + kl_c, loss
 
 
-@pytest.mark.parametrize("script, options, by_hand", [
-    (vae, {}, vae_by_hand),
-    (cvae, dict(beta=5.0), cvae_by_hand),
-    (gumbel_vae, dict(objective="elbo", beta=2.0, tau=0.3), elbo_by_hand),
-    (gumbel_vae, dict(objective="capacity", beta=30.0), capacity_by_hand),
-    (gumbel_vae, dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0), clustering_by_hand)],
+twelve = dict(n_classes=12)
+
+@pytest.mark.parametrize("script, size, options, by_hand", [
+    (vae, {}, {}, vae_by_hand),
+    (cvae, {}, dict(beta=5.0), cvae_by_hand),
+    (gumbel_vae, twelve, dict(objective="elbo", beta=2.0, tau=0.3), elbo_by_hand),
+    (gumbel_vae, twelve, dict(objective="capacity", beta=30.0), capacity_by_hand),
+    (gumbel_vae, twelve, dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0), clustering_by_hand)],
     ids=["vae", "cvae", "elbo", "capacity", "default"])
-def test_training_goes_as_by_hand(script, options, by_hand, data):
+def test_training_goes_as_by_hand(script, size, options, by_hand, data):
     torch.manual_seed(0)
-    model = CASES[script].model(h_dim=32, z_dim=5)
+    model = CASES[script].model(h_dim=32, z_dim=5, **size)
     history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
     torch.manual_seed(0)  # the same weights, batches and noise
-    twin = CASES[script].model(h_dim=32, z_dim=5)
+    twin = CASES[script].model(h_dim=32, z_dim=5, **size)
     optimizer = torch.optim.Adam(twin.parameters())
     for epoch, metrics in enumerate(history):
         nelbo_train = 0
@@ -345,8 +347,9 @@ def test_no_step_leaves_the_device_or_waits(script, data, monkeypatch):
     randperm = Mock(wraps=torch.randperm)
     monkeypatch.setattr(torch, "randperm", randperm)
     model, data = on_meta(script, data)
+    model.eval()  # which train has to end
     steps = []
-    model.to_hidden.register_forward_hook(lambda layer, x, h: steps.append(len(h)))
+    model.to_hidden.register_forward_hook(lambda layer, x, h: steps.append(len(h) * model.training))
     with pytest.raises(RuntimeError, match=r"item\(\)"):
         script.train(model, data, epochs=1, batch_size=64)
     assert steps == [64] * 4 + [44]  # only the end of an epoch asks for a number
@@ -358,22 +361,36 @@ def test_random_numbers_reach_the_models_device(script, data):
     with pytest.raises(RuntimeError, match=r"item\(\)"):  # it gets to the first number
         script.evaluate(model, data)
     for prior in None, gaussian(torch.zeros(20)):
-        assert common.draw_codes(model, 5, prior).device.type == "meta"
+        assert common.draw_codes(model, 5, prior).is_meta
+
+
+def test_data_are_moved_to_the_device(data):
+    assert all(part.is_meta for part in common.load_mnist(device="meta")[:4])
+    made = common.make_data(*data[:4], device="meta")
+    assert all(part.is_meta for part in made[:4])
+
+
+def test_images_of_another_size_are_trained_on(script):
+    x, y = load_digits(return_X_y=True)  # 8x8 pixels
+    data = common.make_data(x[:200] / 16, y[:200], x[200:220] / 16, y[200:220])
+    model = CASES[script].model(image_size=64)
+    history = script.train(model, data, epochs=1)
+    script.make_figures(model, data, script.fit_prior(model, data), history)
 
 
 # The evaluation
 
 @pytest.fixture
 def unsure(script, data):
-    """A model whose sigma is not 1, and whose c is unsure and seen in the picture."""
+    """A model whose sigma is not 1, whose c is unsure, and whose pictures depend on y or c."""
     torch.manual_seed(0)
     model = CASES[script].model()
     with torch.no_grad():
         model.to_log_var.bias.fill_(-2)
+        model.from_latent.weight[:, 20:].mul_(20)  # of y or c, if it is told one
         if script is gumbel_vae:
             model.to_cluster_logits.weight.mul_(10)
-            model.from_latent.weight[:, 20:].mul_(10)
-    data = data._replace(x_test=data.x_train.repeat(10, 1), y_test=data.y_train.repeat(10))
+    data = data._replace(x_test=data.x_test.repeat(10, 1), y_test=data.y_test.repeat(10))
     return model, data
 
 
@@ -415,6 +432,7 @@ def test_evaluate_draws_by_its_seed_alone(script, unsure):
     torch.rand(1)
     assert script.evaluate(*unsure) == one
     assert script.evaluate(*unsure, seed=1)["recon"] != one["recon"]
+    assert not unsure[0].training
 
 
 @only_gumbel_vae
@@ -476,7 +494,7 @@ def tones(figure):
 @pytest.mark.parametrize("script, spots", [(vae, 150), (cvae, 10), (gumbel_vae, 10)])
 def test_the_prior_fits_codes_in_many_spots(script, spots):
     # Every class has its codes, with sigma = 1, around as many spots as there are Gaussians.
-    spot = torch.arange(60 * spots) % spots
+    spot = torch.arange(80 * spots) // 80
     place = 15.0 * torch.stack([spot // 10, spot % 10], 1)
     x = torch.cat([place, torch.zeros(len(place), 1)], 1)  # of class 0
     prior = script.fit_prior(Toy(), common.Data(x, 0 * spot, x + 1000, 0 * spot, ""))
@@ -497,6 +515,12 @@ def test_each_class_has_the_prior_of_its_codes(script):
         fitted = prior[(k + 3) % 10] if script is cvae else prior[k]
         assert_close(fitted.mean, torch.full((2,), mean), atol=0.4, rtol=0)
         assert_close(fitted.variance, torch.ones(2), atol=0.4, rtol=0)
+
+
+def test_a_mixture_keeps_the_covariances_of_the_codes():
+    z = torch.randn(4000, 2) @ torch.tensor([[3.0, 1.0], [0.0, 0.5]])
+    drawn = common.fit_mixture(z, 1).sample((4000,))
+    assert_close(drawn.T.cov(), z.T.cov(), rtol=0.15, atol=0.1)
 
 
 def test_a_mixture_of_the_same_codes_is_the_same():
@@ -524,9 +548,10 @@ def test_a_class_without_images_stops_nothing(images, n_classes, data):
 
 
 def test_a_cluster_without_images_stops_nothing(data):
-    model = gumbel_vae.GumbelVAE()
+    model = gumbel_vae.GumbelVAE(n_classes=12)
     torch.nn.init.constant_(model.to_cluster_logits.bias[7:], -1000)
     prior = gumbel_vae.fit_prior(model, data)
+    assert len(prior) == 12
     assert math.isfinite(gumbel_vae.evaluate(model, data, prior)["nelbo_fitted"])
     gumbel_vae.make_figures(model, data, prior, [])
 
@@ -622,10 +647,11 @@ def test_the_curves_show_both_losses_of_each_epoch(script, figures):
 def test_the_helpers_take_the_courses_models():
     class Course(Toy):  # the course's models have no such attributes: 20 and 10 are taken
         z_dim = n_classes = property()
-    seen = tones(common.plot_conditional_generation(Course(), n=240, fix_number=2))
-    assert seen.mean() == pytest.approx(0.4 + 2 * 0.03, abs=0.015)
+    seen = tones(common.plot_conditional_generation(Course(), n=240, fix_number=0))
+    assert seen.mean() == pytest.approx(0.4, abs=0.015)
     assert seen.std() == pytest.approx(0.05, abs=0.01)
-    assert common.draw_codes(Course(), 3).shape == (3, 20)
+    z = common.draw_codes(Course(), 3)
+    assert z.shape == (3, 20) and common.decode_classes(Course(), z).shape == (10, 3, 784)
     with pytest.raises(TypeError):  # a label must not be taken for tau
         common.plot_reconstruction(gumbel_vae.GumbelVAE(), torch.rand(2, 784), torch.eye(10)[:2])
 
@@ -643,6 +669,13 @@ def test_ink_is_dark_whatever_a_users_settings_are():
     image = figure.axes[0].images[0]
     assert image.to_rgba(image.get_array())[0, 0, :3] == pytest.approx(0.5, abs=0.01)  # grey
     assert image.to_rgba(np.array([[0.0, 1.0]]))[0, :, 0].tolist() == [1, 0]
+
+
+def test_an_image_is_a_square_of_the_size_asked_for():
+    nine, three = common.show(torch.rand(9, 784), columns=4, size=2), common.show(torch.rand(3, 64))
+    assert nine.axes[0].images[0].get_extent() == [0, 4, 3, 0]  # three rows of four
+    assert nine.get_size_inches() == pytest.approx([8, 6.3])
+    assert three.axes[0].images[0].get_extent() == [0, 3, 1, 0]
 
 
 @pytest.mark.parametrize("images, says", [
@@ -686,6 +719,7 @@ def test_make_data_takes_images_of_any_layout_and_type(change):
     (dict(x_test=torch.rand(4, 8)), "x_test must be square images"),
     (dict(x_test=torch.rand(4, 9)), "one size"),
     (dict(y_test=torch.arange(3)), "y_test must hold"),
+    (dict(y_test=torch.zeros(4, 1, dtype=torch.int64)), "y_test must hold"),
     (dict(y_test=torch.arange(4) - 1), "y_test must hold one integer >= 0"),
     (dict(y_test=torch.rand(4)), "y_test must hold one integer")])
 def test_make_data_says_what_is_wrong(change, says):
@@ -779,7 +813,8 @@ def test_a_run_says_what_it_does_and_leaves_its_files(script, runs):
     assert re.findall("\nepoch +(.)", printed) == ["1", "2", "3"]
     assert "\nfitting the prior\n" in printed and "\ndrawing the pictures\n" in printed
     wrote = {folder / path for path in re.findall("wrote (.*)", printed)}
-    assert wrote == {*folder.glob(f"{script.__name__}/a/*")} and len(wrote) > 4
+    assert wrote == {*folder.glob(f"{script.__name__}/a/{script.__name__}*")} and len(wrote) > 4
+    assert len(wrote) == len(os.listdir(folder / script.__name__ / "a"))
 
 
 def test_a_run_learns(script, trained):
@@ -820,6 +855,7 @@ def test_the_defaults_are_those_of_the_page(script):
     assert defaults.items() <= vars(script.options().parse_args([])).items()
     train = inspect.signature(script.train).parameters
     assert all(train[name].default == defaults[name] for name in [*train][2:])
+    assert CASES[script].model().to_hidden.weight.shape == (400, 784)
 
 
 def test_help_shows_each_default(script):
@@ -837,7 +873,8 @@ def train(script, monkeypatch):
 
 def test_each_option_reaches_the_training(script, data, train, monkeypatch):
     monkeypatch.setattr(script, "fit_prior", Mock(side_effect=OSError("stop")))
-    changed = {name: "elbo" if name == "objective" else 7 for name in CASES[script].defaults}
+    changed = {name: "capacity" if name == "objective" else type(value)(3.5 + i)
+               for i, (name, value) in enumerate(CASES[script].defaults.items())}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
     with pytest.raises(SystemExit, match="stop"):
         start(script, *words)
