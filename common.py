@@ -49,7 +49,7 @@ def tile(images, columns):
     if not -0.01 < images.min() <= images.max() < 1.01:  # warped images exceed 1 by rounding
         raise ValueError("images must have values from 0 to 1, and these have values from "
                          f"{images.min():g} to {images.max():g}")
-    return make_grid(images.view(-1, 1, side, side), columns, padding=0)[0].numpy()
+    return make_grid(images.reshape(-1, 1, side, side), columns, padding=0)[0].numpy()
 
 
 def draw_grid(axes, grid, extent):

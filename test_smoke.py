@@ -672,7 +672,8 @@ def test_ink_is_dark_whatever_a_users_settings_are():
 
 
 def test_an_image_is_a_square_of_the_size_asked_for():
-    nine, three = common.show(torch.rand(9, 784), columns=4, size=2), common.show(torch.rand(3, 64))
+    nine = common.show(torch.rand(9, 784), columns=4, size=2)
+    three = common.show(torch.rand(8, 8, 3).permute(2, 0, 1))
     assert nine.axes[0].images[0].get_extent() == [0, 4, 3, 0]  # three rows of four
     assert nine.get_size_inches() == pytest.approx([8, 6.3])
     assert three.axes[0].images[0].get_extent() == [0, 3, 1, 0]
