@@ -251,7 +251,8 @@ def fit_mixture(z, n_components):
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
         torch.tensor(values).to(z) for values in (fit.weights_, fit.means_, fit.covariances_))
-    gaussians = D.MultivariateNormal(means, covariances)
+    # Rounding leaves large covariances not quite symmetric, which covariance_matrix= would refuse.
+    gaussians = D.MultivariateNormal(means, scale_tril=torch.linalg.cholesky(covariances))
     return D.MixtureSameFamily(D.Categorical(weights), gaussians)
 
 
@@ -303,7 +304,8 @@ def run(main):
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run
-        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each epoch when it ends
+        # A log file shows each epoch when it ends, and takes paths in any alphabet.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -279,7 +279,7 @@ def elbo_by_hand(model, x, y, climb, progress):
 
 def capacity_by_hand(model, x, y, climb, progress):
     log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=0.5)
-    pulls = abs(kl - 2 * progress) + abs(kl_c - math.log(12) * progress)  # of 12 clusters
+    pulls = abs(kl - 2 * progress) + abs(kl_c - math.log(3) * progress)
     return recon + kl + kl_c, recon + 30 * pulls  # beta = 30
 
 
@@ -288,21 +288,21 @@ def clustering_by_hand(model, x, y, climb, progress):
     log_q, z, recon, kl, kl_c = gumbel_terms(model, x, tau=2.0)
     codes = z[::8].detach()
     codes = torch.cat([codes, torch.randn(len(codes), 5)])
-    k = torch.randint(12, (len(codes),))
+    k = torch.randint(3, (len(codes),))
     loss = recon + (1 + (2 - 1) * climb) * kl  # beta = 2
     loss = loss + 3 * gumbel_vae.clustering(log_q, model.cluster(warped))  # gamma = 3
     loss = loss + 7 * climb * gumbel_vae.read_back(model, codes, k)  # the read weight is 7
     return recon + kl + kl_c, loss
 
 
-twelve = dict(n_classes=12)
+three = dict(n_classes=3)  # so few that KL(c) crosses the capacity that it is pulled to
 
 @pytest.mark.parametrize("script, size, options, by_hand", [
     (vae, {}, {}, vae_by_hand),
     (cvae, {}, dict(beta=5.0), cvae_by_hand),
-    (gumbel_vae, twelve, dict(objective="elbo", beta=2.0, tau=0.3), elbo_by_hand),
-    (gumbel_vae, twelve, dict(objective="capacity", beta=30.0), capacity_by_hand),
-    (gumbel_vae, twelve, dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0), clustering_by_hand)],
+    (gumbel_vae, three, dict(objective="elbo", beta=2.0, tau=0.3), elbo_by_hand),
+    (gumbel_vae, three, dict(objective="capacity", beta=30.0), capacity_by_hand),
+    (gumbel_vae, three, dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0), clustering_by_hand)],
     ids=["vae", "cvae", "elbo", "capacity", "default"])
 def test_training_goes_as_by_hand(script, size, options, by_hand, data):
     torch.manual_seed(0)
@@ -517,10 +517,11 @@ def test_each_class_has_the_prior_of_its_codes(script):
         assert_close(fitted.variance, torch.ones(2), atol=0.4, rtol=0)
 
 
-def test_a_mixture_keeps_the_covariances_of_the_codes():
-    z = torch.randn(4000, 2) @ torch.tensor([[3.0, 1.0], [0.0, 0.5]])
-    drawn = common.fit_mixture(z, 1).sample((4000,))
-    assert_close(drawn.T.cov(), z.T.cov(), rtol=0.15, atol=0.1)
+@pytest.mark.parametrize("scale", [1e-4, 1, 1e4])
+def test_a_mixture_keeps_the_covariances_of_the_codes(scale):
+    z = torch.randn(4000, 20) @ (torch.eye(20) + 0.2)  # all correlate
+    drawn = common.fit_mixture(scale * z, 10).sample((4000,)) / scale
+    assert abs(drawn.T.cov() - z.T.cov()).max() < 0.15 * z.var(0).max()
 
 
 def test_a_mixture_of_the_same_codes_is_the_same():
@@ -579,7 +580,7 @@ def test_generation_shows_codes_from_the_normal_prior(script, figures):
     """Tones scatter in a row, for every row as far as z does."""
     axes = figures[0]["generation"].axes[0]
     assert "N(0, I)" in axes.get_title("left")
-    assert 0.015 < tones(figures[0]["generation"])[0].std() < 0.12  # 0.05 in the long run
+    assert 0.005 < tones(figures[0]["generation"])[0].std() < 0.12  # 0.05 in the long run
 
 
 @with_classes
@@ -624,7 +625,8 @@ def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
     z = torch.stack(torch.meshgrid(middle, middle.flip(0), indexing="xy"), 2)  # (10, 10, 2)
     assert_close(tones(made["manifold"]), tone(z))
     dots = right.collections[0]
-    noise = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data)) - x[:, :2]
+    codes = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data).clamp(1e-6, 1 - 1e-6))
+    noise = codes - x[:, :2]
     assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.4  # of one sample each
     assert dots.get_array().tolist() == y.tolist()
     assert left.images[0].get_extent() == [0, 1, 0, 1]
@@ -852,7 +854,7 @@ def test_a_run_draws_the_digits_asked_for(script, least, least_fitted, trained):
 
 def test_the_same_seed_gives_the_same_run(script, data, monkeypatch):
     monkeypatch.setattr(script, "make_figures", lambda *given: {})
-    words = ["--epochs=1", "--z-dim=2", "--out=."]
+    words = ["--epochs=1", "--z-dim=2", "--out=.", "--device=cpu"]  # on CUDA, sums may differ
     one, same = (script.main([*words, "--seed=5"]) for _ in range(2))
     assert one == same != script.main([*words, "--seed=6"])
 
@@ -867,7 +869,8 @@ def test_the_defaults_are_those_of_the_page(script):
 
 def test_help_shows_each_default(script):
     options = script.options()
-    assert options.format_help().count("(default: ") == len(vars(options.parse_args([])))
+    words = " ".join(options.format_help().split())  # however wide the terminal is
+    assert words.count("(default: ") == len(vars(options.parse_args([])))
 
 
 @pytest.fixture
@@ -909,7 +912,7 @@ def test_weights_survive_a_full_disk(data):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # like a full disk
     try:
         with pytest.raises(SystemExit, match="too large"):
-            start(vae)
+            start(vae, "--device=cpu")  # CUDA would not start with such a limit
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_close(torch.load("vae.pt"), {"bias": torch.ones(2)})
@@ -917,7 +920,7 @@ def test_weights_survive_a_full_disk(data):
 
 def test_a_sealed_folder_is_found_before_training(script, data, train, monkeypatch):
     Path("FILE").touch()
-    with pytest.raises(SystemExit, match="File exists"):
+    with pytest.raises(SystemExit, match="FILE"):
         start(script, "--out=FILE")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # as on a read-only disk
     with pytest.raises(SystemExit, match="folder sealed cannot be written to"):
