@@ -8,12 +8,12 @@ a gradient through. The bound is
 
 and --objective decides what happens to its KL terms:
 
-    elbo        Both stay, and beta weighs that of z. At beta = 1, c stays nearly empty.
+    elbo        Both stay, and beta weighs the KL of z. At beta = 1, c stays nearly empty.
     capacity    Both are pulled towards set values; use --beta 30. c is used, but not necessarily
                 for the digit.
-    clustering  That of z stays. In place of the other, c should not change when x is warped, should
-                be sure, and should use all clusters: this finds the digits. What is drawn for c
-                must be read as c: this makes the decoder obey c more often.
+    clustering  The KL of z stays. In place of that of c, c should not change when x is warped,
+                should be sure, and should use all clusters: this finds the digits. What is drawn
+                for c must be read as c: this makes the decoder obey c more often.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720

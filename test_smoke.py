@@ -580,7 +580,7 @@ def test_generation_shows_codes_from_the_normal_prior(script, figures):
     """Tones scatter in a row, for every row as far as z does."""
     axes = figures[0]["generation"].axes[0]
     assert "N(0, I)" in axes.get_title("left")
-    assert 0.005 < tones(figures[0]["generation"])[0].std() < 0.12  # 0.05 in the long run
+    assert 0.01 < tones(figures[0]["generation"])[0].std() < 0.12  # 0.05 in the long run
 
 
 @with_classes
@@ -627,7 +627,7 @@ def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
     dots = right.collections[0]
     codes = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data).clamp(1e-6, 1 - 1e-6))
     noise = codes - x[:, :2]
-    assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.4  # of one sample each
+    assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.3  # of one sample each
     assert dots.get_array().tolist() == y.tolist()
     assert left.images[0].get_extent() == [0, 1, 0, 1]
     for axes in left, right:
