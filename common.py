@@ -53,7 +53,7 @@ def tile(images, columns):
 
 
 def draw_grid(axes, grid, extent):
-    """Draws dark ink on white, upright and without grid, whatever the user's matplotlibrc says."""
+    """Draws dark ink on white, upright, without grid lines, whatever a matplotlibrc says."""
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", origin="upper",
                 extent=extent)
     axes.grid(False)
@@ -109,7 +109,7 @@ def plot_generation(model, n=24, prior=None, title="generated images"):
     return show(model.decode(draw_codes(model, n, prior)), title)
 
 
-def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="one class per row",
+def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="generated images",
                                 symbol="y", size=0.6):
     """A figure with one class per row and n columns, or n images of the class fix_number.
 
@@ -123,7 +123,7 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
 
 
 def plot_handwriting(model, x, title="input, then its z decoded in every class"):
-    """A figure with one row per image of x (N, 784): the image, then its z in every class.
+    """A figure with one row per image of x (N, 784): the image, then its mu in every class.
 
     After Kingma et al. 2014, figure 1.
     """
@@ -134,7 +134,7 @@ def plot_handwriting(model, x, title="input, then its z decoded in every class")
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """The plane of z, in quantiles of N(0, I): images decoded there, and codes (N, 2) by label."""
+    """The plane of z, in quantiles of N(0, I): decoded images, and coloured codes (N, 2)."""
     normal = D.Normal(0.0, 1.0)
     ticks = (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
@@ -196,7 +196,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def load_mnist(root="data", device="cpu"):
-    """MNIST from `root`, downloaded if missing, or else scikit-learn's digits.
+    """MNIST from `root`, downloaded if missing; without a download, scikit-learn's digits.
 
     OSError if `root` cannot be used, or if its files cannot be read.
     """
@@ -246,7 +246,7 @@ def fit_mixture(z, n_components):
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)
-    # tol stops EM early. reg_covar, a floor for the variances, keeps float32 stable at any scale.
+    # tol stops EM early. reg_covar, added to the variances, keeps float32 stable at any scale.
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
@@ -278,7 +278,7 @@ def results_folder(path):
     """The folder of this path, made if missing; OSError if the results could not be saved there."""
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # so that it is known before the training
+    if not os.access(folder, os.W_OK):  # checked before the training, not after it
         raise OSError(f"the folder {folder} cannot be written to; give another one with --out")
     return folder
 
@@ -290,7 +290,7 @@ def check_finite(loss):
 
 
 def save(state_dict, path):
-    """Saves weights that load on any device; an older file stays until they are complete."""
+    """Saves weights that load on any device; an older file stays until the new one is complete."""
     content = io.BytesIO()  # on a full disk, torch.save to a path raises no OSError
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, content)
     part = Path(f"{path}.part")
@@ -304,7 +304,7 @@ def run(main):
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run
-        # A log file shows each epoch when it ends, and takes paths in any alphabet.
+        # Each line reaches a log file at once, and characters that it cannot encode are escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main(sys.argv[1:])

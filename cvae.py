@@ -1,14 +1,14 @@
 """The conditional beta-VAE: the decoder is told the label, so that we can ask for a digit.
 
 A digit x of class y is drawn from p(x|z, y): the label y names the digit, so z ~ N(0, I) only has
-to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the loss is minus the bound
+to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the loss is minus the ELBO,
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
 and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
 too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: drawings
-follow the label, but most of the handwriting is lost. If z comes from a prior fitted to the codes
-of each digit, there are few contradictions at beta = 1, too.
+follow the label, but most of the handwriting is lost. If z comes from a prior of the label's own,
+fitted to the codes of that digit, there are few contradictions at beta = 1, too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y, too
@@ -96,7 +96,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The KL's weight climbs, too: with 10 from the start, cvae.py's -ELBO is 2 nats higher.
+            # The KL's weight goes from 1 to beta. If it is 10 at once, -ELBO is 2 nats higher.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
@@ -119,7 +119,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, by one z for each; FloatingPointError if not finite."""
+    """Test metrics, in nats per image, from one z per image; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
@@ -130,7 +130,7 @@ def evaluate(model, data, prior=None, seed=0):
     kl = gaussian_kl(mu, log_var).item()
     common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
+    if prior is not None:  # the bound with this prior in place of N(0, I), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
         log_prior = log_r.gather(0, data.y_test[None]).sum()  # each z under its label's prior
@@ -142,7 +142,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|y): a list with a mixture for each label, fitted to its images' codes."""
+    """Fits a prior r(z|y), a list with a mixture for each label, to the codes of its images."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     groups = [codes[data.y_train == k] for k in range(model.n_classes)]
     return [common.fit_mixture(z, n_components) for z in groups]

@@ -2,18 +2,19 @@
 
 A digit is drawn from p(x|z, c): c, uniform over ten clusters, should name the digit, and
 z ~ N(0, I) should hold the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), yet lets
-a gradient through. The bound is
+a gradient through. The bound, the ELBO, is
 
     log p(x) >= E_q[ log p(x|z, c) ] - KL( q(z|x) || N(0, I) ) - KL( q(c|x) || uniform ),
 
 and --objective decides what happens to its KL terms:
 
-    elbo        Both stay, and beta weighs the KL of z. At beta = 1, c stays nearly empty.
+    elbo        Both stay, and beta weighs the KL of z. At beta = 1, c says almost nothing about x.
     capacity    Both are pulled towards set values; use --beta 30. c is used, but not necessarily
                 for the digit.
-    clustering  The KL of z stays. In place of that of c, c should not change when x is warped,
-                should be sure, and should use all clusters: this finds the digits. What is drawn
-                for c must be read as c: this makes the decoder obey c more often.
+    clustering  The KL of z stays. Three other costs replace that of c: q(c|x) should not change
+                when x is warped, should be sure of a cluster, and should use all clusters. This
+                finds the digits. A fourth cost makes the decoder obey c more often: what it draws
+                for c must be read as c.
 
     Jang et al. 2016, Categorical Reparameterization with Gumbel-Softmax, arXiv:1611.01144
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
@@ -100,8 +101,8 @@ def categorical_kl(log_q):
 def clustering(log_q, log_q_warped):
     """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017.
 
-    log_q (N, K) belongs to images x, and log_q_warped (2 N, K) to two warps Tx of each, one of all
-    x and then another of all x. The KL is a mean over both, and only q(c|Tx) learns from it.
+    log_q (N, K) belongs to images x, and log_q_warped (2 N, K) to two warps Tx of each: N rows for
+    a warp of every x, then N for another. The KL is a mean over both; only q(c|Tx) learns from it.
     H(c|x) is the mean entropy of q(c|x), and H(c) the entropy of the mean of q(c|x).
     """
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
@@ -138,7 +139,7 @@ def warp(x):
     stretch_x, stretch_y, slant, turn, right, down = 2 * torch.rand(6, n, device=x.device) - 1
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * slant - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(n, 2, 3)
-    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # bumps of 0.7 pixels (sd)
+    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # 0.7 pixels high (sd)
     grid = (torch.cat([affine, bend], 2) @ basis).view(n, 2, side, side).permute(0, 2, 3, 1)
     return F.grid_sample(x.view(n, 1, side, side), grid, align_corners=False).flatten(1)
 
@@ -162,7 +163,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The KL's weight climbs, too: with 10 from the start, cvae.py's -ELBO is 2 nats higher.
+            # The weight of z's KL goes from 1 to beta, as in cvae.py.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
@@ -170,7 +171,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             if objective == "clustering":
                 clustered = torch.cat([x, warp(x.repeat(2, 1))])  # (3 B, 784)
             mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
-            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # 2 B of Tx
+            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # of x and Tx
             c = F.gumbel_softmax(log_q, tau, hard=True)  # (B, n_classes): one-hot, with a gradient
             z = reparameterize(mu, log_var)  # (B, z_dim)
             recon = reconstruction(model.logits(z, c), x)  # nats per image
@@ -203,7 +204,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, by one z and c for each, and the scores of the clusters.
+    """Test metrics, in nats per image, from one z and c per image, and the clusters' scores.
 
     FloatingPointError if they are not finite.
     """
@@ -224,7 +225,7 @@ def evaluate(model, data, prior=None, seed=0):
     h_c = torch.special.entr(log_q.exp().mean(0)).sum().item()  # the entropy of c over all images
     i_c = kl_c + h_c - math.log(model.n_classes)  # I(x; c) = KL(c) - KL(q(c) || uniform)
     metrics = {"recon": recon, "kl": kl, "kl_c": kl_c, "i_c": i_c, "nelbo": nelbo}
-    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
+    if prior is not None:  # the bound with this prior in place of N(0, I), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_r = torch.stack([mixture.log_prob(z) for mixture in prior])  # (n_classes, N)
         log_prior = log_r.gather(0, c[None]).sum()  # each z under its cluster's prior
@@ -250,7 +251,7 @@ def score(labels, clusters):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|c): a list with a mixture for each cluster, to its images' codes."""
+    """Fits a prior r(z|c), a list with a mixture for each cluster, to the codes of its images."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     clusters = torch.cat([model.cluster(x).argmax(1) for x in data.x_train.split(10000)])
     groups = [codes[clusters == k] for k in range(model.n_classes)]
@@ -282,7 +283,7 @@ def options():
     add("--batch-size", type=common.positive_int, default=128, help="images per step")
     add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
     add("--beta", type=common.nonnegative_float, default=1.0,
-        help="weight of KL(z), or of both pulls of capacity: there use 30")
+        help="weight of KL(z); with capacity, the weight of both pulls (use 30)")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="which loss to minimise: see the top of the file")
     add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")

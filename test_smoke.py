@@ -35,7 +35,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 DIGITS = common.bundled_digits()
 
 MODELS = {vae: vae.VAE, cvae: cvae.CVAE, gumbel_vae: gumbel_vae.GumbelVAE}
-DEFAULTS = {  # with which the page's figures were measured
+DEFAULTS = {  # with which the scores on the page, README.md, were measured
     vae: dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20),
     cvae: dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20, beta=10.0),
     gumbel_vae: dict(epochs=15, batch_size=128, lr=6e-3, z_dim=20, beta=1.0, gamma=400.0,
@@ -54,7 +54,7 @@ with_classes = pytest.mark.parametrize("script", [cvae, gumbel_vae])
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """300 digits, which are also in data/ of the test's own working folder."""
+    """300 training and 299 test digits, also in data/ of the test's own working folder."""
     monkeypatch.chdir(tmp_path)
     write_mnist(tmp_path / "data", 300)
     return common.load_mnist()
@@ -81,7 +81,7 @@ def start(script, *words):
 
 
 def classes_of(script, model, x, y):
-    """The class that evaluate decodes each image in: its label or its cluster; vae.py has but 0."""
+    """The class that evaluate decodes each image in: its label or its cluster; 0 in vae.py."""
     if script is gumbel_vae:
         return D.Categorical(logits=model.cluster(x)).sample()
     return y if script is cvae else 0 * y
@@ -92,7 +92,8 @@ def gaussian(mean, sd=1.0):
     return D.Independent(D.Normal(mean, sd), 1)
 
 
-# The mathematics. Delete a function's body and write it again: pytest test_smoke.py -k gaussian_kl
+# The mathematics. Delete a function's body, write it again, and let its test judge, for example:
+# pytest test_smoke.py -k gaussian_kl
 
 def insist(right, words):
     if not right:
@@ -163,7 +164,7 @@ def test_clustering():
     oracle = invariance + 0.1 * q.entropy().mean() - 0.5 * h_c
     loss = gumbel_vae.clustering(logits.log_softmax(1), warped.log_softmax(1))
     terms = f" = KL {invariance:.4g} + 0.1 H(c|x) {q.entropy().mean():.4g} - 0.5 H(c) {h_c:.4g}"
-    hint = ": in the KL only log_q_warped learns, in the entropies log_q"
+    hint = ": in the KL only log_q_warped learns, and in the entropies log_q"
     judge("clustering", loss, oracle, terms, hint, log_q=logits, log_q_warped=warped)
 
 
@@ -178,12 +179,12 @@ def test_read_back():
     drawn = model.decode(z, one_hot(k))
     torch.manual_seed(0)  # the same warps
     warped = gumbel_vae.warp(drawn)
-    if loss is not None:  # judge tells of a blank
+    if loss is not None:  # if it is None, judge says so below
         insist(read, "read_back: the drawing should be read by model.cluster")
         insist(not drawn.equal(read[0]),
                "read_back: the drawing should be warped before it is read")
         insist(warped.shape == read[0].shape and torch.allclose(warped, read[0], atol=1e-4),
-               "read_back: what is read should be warp(model.decode(z, y)) of the one-hot k as y")
+               "read_back: model.cluster should read warp(model.decode(z, y)), with one-hot k as y")
     oracle = -model.cluster(warped)[range(50), k].mean()
     judge("read_back", loss, oracle, hint=": the drawing and the reader both learn",
           drawing=model.to_logits.bias, reader=model.to_cluster_logits.bias)
@@ -219,7 +220,7 @@ def test_warps_shift_stretch_turn_slant_and_bend():
     # The column and the row that each inner pixel came from:
     came = torch.stack([column, row]).view(2, 2000, 28, 28)[:, :, 7:-7, 7:-7]
     right, down = came.diff(dim=3).mean((2, 3)), came.diff(dim=2).mean((2, 3))  # (2, 2000)
-    # A step to the right changes the row by turn, a step down the column by slant - turn.
+    # A step to the right changes the row by turn; a step down changes the column by slant - turn.
     turn, slant = right[1], right[1] + down[0]
     shift = came.mean((2, 3)) - 13.5
     moves = torch.stack([*shift, right[0] - 1, down[1] - 1, turn, slant])  # (6, 2000)
@@ -234,8 +235,8 @@ def test_warps_shift_stretch_turn_slant_and_bend():
 
 # The training
 
-# Each of these functions returns -ELBO and the loss. During the training, climb goes from 0 to 1 in
-# a quarter of the steps, and progress in half of them.
+# Each function named by_hand returns -ELBO and the loss. During the training, climb goes from 0 to
+# 1 in a quarter of the steps, and progress in half of them.
 
 def z_and_kl(model, x):
     mu, log_var = model.encode(x)
@@ -293,7 +294,7 @@ def clustering_by_hand(model, x, y, climb, progress):
     (gumbel_vae, dict(n_classes=3), dict(beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0),
      clustering_by_hand)],
     ids=["vae", "cvae", "elbo", "capacity", "default"])
-def test_training_goes_as_by_hand(script, size, options, by_hand, data):
+def test_training_agrees_with_steps_by_hand(script, size, options, by_hand, data):
     torch.manual_seed(0)
     model = MODELS[script](h_dim=32, z_dim=5, **size)
     history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
@@ -327,7 +328,7 @@ def test_the_seconds_are_those_of_one_epoch(script, data, monkeypatch):
 
 
 def on_meta(script, data):
-    """A model and data that hold no numbers, as if on a device: they refuse .item() and others."""
+    """A model and data on the meta device: they hold no numbers, so .item() and the like fail."""
     with torch.device("meta"):
         model = MODELS[script]()
     return model, common.Data(*(part.to("meta") for part in data[:4]), "")
@@ -342,16 +343,16 @@ def test_no_step_leaves_the_device_or_waits(script, data, monkeypatch):
     model.eval()
     steps = []
     model.to_hidden.register_forward_hook(lambda layer, x, h: steps.append(len(h)))
-    with pytest.raises(RuntimeError, match=r"item\(\)"):  # of the first number asked for
+    with pytest.raises(RuntimeError, match=r"item\(\)"):  # raised by the first .item()
         script.train(model, data, epochs=1, batch_size=64)
-    assert steps == [64, 64, 64, 64, 44]  # it was asked for at the end of the epoch
+    assert steps == [64, 64, 64, 64, 44]  # so there was none until the epoch's end
     assert model.training  # although it was in eval mode
     assert randperm.call_args.kwargs["device"].type == "meta"
 
 
 def test_random_numbers_reach_the_models_device(script, data):
     model, data = on_meta(script, data)
-    with pytest.raises(RuntimeError, match=r"item\(\)"):  # it gets to the first number
+    with pytest.raises(RuntimeError, match=r"item\(\)"):  # evaluate goes on until the first .item()
         script.evaluate(model, data)
     for prior in None, gaussian(torch.zeros(20)):
         assert common.draw_codes(model, 5, prior).is_meta
@@ -429,7 +430,7 @@ def test_a_fitted_prior_replaces_the_normal_one(script, unsure):
 def test_evaluate_draws_by_its_seed_alone(script, unsure):
     state = torch.get_rng_state()
     one = script.evaluate(*unsure)
-    assert torch.get_rng_state().equal(state)  # training goes on as without it
+    assert torch.get_rng_state().equal(state)  # so it does not change the training
     assert script.evaluate(*unsure) == one
     assert script.evaluate(*unsure, seed=1)["recon"] != one["recon"]
     assert not unsure[0].training
@@ -530,7 +531,7 @@ def test_a_class_without_images_stops_nothing(script, data):
 
 @pytest.fixture
 def figures(script, data):
-    """The pictures of Toy: images with tones of their own, and codes of class k near (k / 5, 0)."""
+    """Toy's pictures of random images; the prior of class k draws codes near (k / 5, 0)."""
     data = data._replace(x_test=torch.rand_like(data.x_test))
     priors = [gaussian(torch.tensor([k / 5, 0.0]), 0.01) for k in range(10)]
     history = [{"nelbo_train": 9, "nelbo": 7}, {"nelbo_train": 8, "nelbo": 6}]
@@ -589,7 +590,7 @@ def test_each_row_is_labelled_with_its_class(script, figures):
 
 @pytest.mark.parametrize("script", [vae])
 def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
-    """Left: images at the tenths of N(0, I), z[0] to the right and z[1] up. Right: coded images."""
+    """Left: images decoded over the plane, z[0] to the right, z[1] up. Right: codes of images."""
     made, x, y = figures
     left, right = made["manifold"].axes[:2]
     middle = D.Normal(0.0, 1.0).icdf(torch.arange(10) / 10 + 0.05)
@@ -598,7 +599,7 @@ def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
     dots = right.collections[0]
     codes = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data).clamp(1e-6, 1 - 1e-6))
     noise = codes - x[:, :2]
-    assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.3  # of one sample each
+    assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.3  # each code is one sample
     assert dots.get_array().tolist() == y.tolist()
     assert left.images[0].get_extent() == [0, 1, 0, 1]
     for axes in left, right:
@@ -623,10 +624,12 @@ def test_fix_number_chooses_the_class():
     assert_close(seen, torch.full((1, 4), tone(torch.zeros(2), 3)))
 
 
-def test_a_courses_model_may_lack_z_dim_and_n_classes():
+def test_a_model_may_lack_z_dim_and_n_classes():
     model = Toy()
     del model.z_dim, model.n_classes
-    assert common.draw_codes(model, 3).shape == (3, 20)
+    z = common.draw_codes(model, 500)
+    assert z.shape == (500, 20)
+    assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=0.1)
     assert tones(common.plot_conditional_generation(model, n=4)).shape == (10, 4)
 
 
@@ -649,10 +652,10 @@ def test_ink_is_dark_whatever_a_users_settings_are():
 
 
 def test_images_are_squares_of_the_size_asked_for():
-    nine = torch.rand(28, 28, 9).permute(2, 0, 1)  # no block of memory
-    figure = common.show(nine, columns=4, size=2)
-    assert figure.axes[0].images[0].get_extent() == [0, 4, 3, 0]  # three rows of four
-    assert figure.get_size_inches() == pytest.approx([8, 6.3])  # with 0.3 for the title
+    nine, three = (common.show(torch.rand(n, 784), columns=4, size=2) for n in (9, 3))
+    assert nine.axes[0].images[0].get_extent() == [0, 4, 3, 0]  # three rows of four
+    assert nine.get_size_inches() == pytest.approx([8, 6.3])  # with 0.3 for the title
+    assert three.axes[0].images[0].get_extent() == [0, 3, 1, 0]
 
 
 @pytest.mark.parametrize("images, says", [
@@ -732,7 +735,7 @@ def test_another_fault_of_the_download_is_not_hidden(data, monkeypatch):
         common.load_mnist("new")
 
 
-def test_no_image_is_in_both_halves_of_the_bundled_digits():
+def test_no_bundled_digit_is_in_both_parts():
     train, test = ({image.tobytes() for image in x.numpy()} for x in DIGITS[::2])
     assert train.isdisjoint(test)
 
@@ -741,7 +744,7 @@ def test_no_image_is_in_both_halves_of_the_bundled_digits():
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Runs the scripts as a user would, all at once: what each printed, and its folder."""
+    """Runs all scripts at once, as a user would; returns their folder and what each printed."""
     folder, started = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
     for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
@@ -903,7 +906,8 @@ def test_bad_options_are_refused(words, data, capsys):
 def test_faults_end_in_one_line_and_leave_no_file(words, says, script, data):
     Path("FILE").touch()
     shutil.copytree("data", "OTHER")
-    Path("OTHER/MNIST/raw/train-images-idx3-ubyte").write_bytes(b"noise")
+    cut_off = Path("OTHER/MNIST/raw/train-images-idx3-ubyte")
+    cut_off.write_bytes(cut_off.read_bytes()[:1000])
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit, match=rf"^.*{says}.*$"):  # . matches no line break
         start(script, words)

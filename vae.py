@@ -1,9 +1,9 @@
-"""The variational auto-encoder (VAE): it explains digits by hidden causes, and maximises the ELBO.
+"""The variational auto-encoder (VAE): it explains digits by hidden causes, the codes z.
 
 A digit x is drawn in two steps: first a code z of 20 numbers from N(0, I), then 784 pixels from
 p(x|z), which a decoder network computes. There is no formula for the posterior p(z|x), which says
 what codes fit a given x; an encoder network approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))).
-Both networks are trained to maximise the evidence lower bound,
+Both networks are trained to maximise the evidence lower bound, the ELBO,
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || N(0, I) ),
 
@@ -110,7 +110,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, by one z for each; FloatingPointError if not finite."""
+    """Test metrics, in nats per image, from one z per image; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
@@ -120,7 +120,7 @@ def evaluate(model, data, prior=None, seed=0):
     kl = gaussian_kl(mu, log_var).item()
     common.check_finite(recon + kl)
     metrics = {"recon": recon, "kl": kl, "nelbo": recon + kl}  # nelbo is the -ELBO
-    if prior is not None:  # the bound with log r(z) in place of log p(z), at the same z
+    if prior is not None:  # the bound with this prior in place of N(0, I), at the same z
         log_normal = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum()
         log_prior = sum(prior.log_prob(part).sum() for part in z.split(1000))  # to save memory
         metrics["nelbo_fitted"] = recon + kl + (log_normal - log_prior).item() / len(z)
@@ -131,7 +131,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=150):
-    """Fits a prior r(z): a mixture of Gaussians, to one sampled code per training image."""
+    """Fits a prior r(z), a mixture of Gaussians, to one sampled code per training image."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     return common.fit_mixture(codes, n_components)
 
