@@ -897,7 +897,8 @@ def test_a_tilde_is_the_home_folder(script, data, given, monkeypatch):
 def test_bad_options_are_refused(words, data, capsys):
     with pytest.raises(SystemExit, match="2"):
         start(gumbel_vae, *words.split())
-    assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words.split()[0] in error and ">" in error  # as in: invalid number > 0 value
     assert os.listdir() == ["data"]
 
 
@@ -947,7 +948,7 @@ def test_the_links_of_the_page_lead_somewhere():
 
 
 def test_the_commands_of_the_page_are_taken(script):
-    commands = rf"\bpython {script.__name__}\.py\b([^\n#`&;|<]*)"
+    commands = rf"\b{script.__name__}\.py( --[^\n#`&;|<]*)"
     for words in re.findall(commands, README + script.__doc__):
         script.options().parse_args(words.split())
 
