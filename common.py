@@ -123,7 +123,7 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
 
 
 def plot_handwriting(model, x, title="input, then its z decoded in every class"):
-    """A figure with one row per image of x (N, 784): the image, then its mu in every class.
+    """A figure with one row per image of x (N, 784): the image, and its mu decoded in each class.
 
     After Kingma et al. 2014, figure 1.
     """

@@ -139,7 +139,7 @@ def warp(x):
     stretch_x, stretch_y, slant, turn, right, down = 2 * torch.rand(6, n, device=x.device) - 1
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * slant - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(n, 2, 3)
-    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # 0.7 pixels high (sd)
+    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # bumps, 0.7 pixels high (sd)
     grid = (torch.cat([affine, bend], 2) @ basis).view(n, 2, side, side).permute(0, 2, 3, 1)
     return F.grid_sample(x.view(n, 1, side, side), grid, align_corners=False).flatten(1)
 
