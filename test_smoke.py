@@ -528,9 +528,10 @@ def test_fewer_gaussians_are_announced(capsys):
 
 @with_classes
 def test_a_class_without_images_stops_nothing(script, data):
-    model = MODELS[script](n_classes=12)  # no label is 10 or 11
+    model = MODELS[script](n_classes=12)
+    data.y_train[0], data.y_test[0] = 10, 11  # one image to train, and one to test
     if script is gumbel_vae:
-        torch.nn.init.constant_(model.to_cluster_logits.bias[10:], -1000)  # nor is a cluster
+        torch.nn.init.constant_(model.to_cluster_logits.bias[10:], -1000)  # no image at all
     prior = script.fit_prior(model, data)
     assert len(prior) == 12
     assert math.isfinite(script.evaluate(model, data, prior)["nelbo_fitted"])
