@@ -134,7 +134,7 @@ def plot_handwriting(model, x, title="input, then its z decoded in every class")
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """The plane of z, in quantiles of N(0, I): decoded images, and coloured codes (N, 2)."""
+    """The plane of z in quantiles of N(0, I): decoded images; codes (N, 2), coloured by label."""
     normal = D.Normal(0.0, 1.0)
     ticks = (torch.arange(n) + 0.5) / n
     z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
@@ -304,7 +304,7 @@ def run(main):
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run
-        # Each line reaches a log file at once, and characters that it cannot encode are escaped.
+        # Each line reaches a log file at once, and characters that it cannot hold are escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main(sys.argv[1:])

@@ -7,8 +7,8 @@ to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the los
 
 and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
 too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: drawings
-follow the label, but most of the handwriting is lost. If z comes from a prior of the label's own,
-fitted to the codes of that digit, there are few contradictions at beta = 1, too.
+follow the label, but most of the handwriting is lost. If z comes from the label's own prior, fitted
+to the codes of that digit, there are few contradictions at beta = 1, too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y, too

@@ -1,4 +1,4 @@
-"""The tests: what must hold. They take a minute, without a network: pytest test_smoke.py"""
+"""What must hold. The tests take under a minute, without network or MNIST: pytest test_smoke.py"""
 import inspect
 import io
 import itertools
@@ -296,6 +296,7 @@ def clustering_by_hand(model, x, y, climb, progress):
     return recon + kl + kl_c, loss
 
 
+# There are so few clusters that KL(c) crosses the capacity that it is pulled to.
 @pytest.mark.parametrize("script, size, options, by_hand", [
     (vae, {}, {}, vae_by_hand),
     (cvae, {}, dict(beta=5.0), cvae_by_hand),
@@ -384,7 +385,8 @@ def test_own_images_may_be_of_another_size_and_without_labels(script):
 
 
 @pytest.mark.parametrize("script, options, says", [
-    (cvae, {}, "needs y_train and y_test"), (gumbel_vae, dict(objective="ELBO"), "'ELBO' is not")])
+    (cvae, {}, "needs y_train and y_test"),
+    (gumbel_vae, dict(objective="ELBO"), "'ELBO' is not one of")])
 def test_train_refuses_what_it_cannot_minimise(script, options, says, data):
     with pytest.raises(ValueError, match=says):
         script.train(MODELS[script](), data._replace(y_train=None), **options)
@@ -492,13 +494,18 @@ def tones(figure):
     return torch.tensor(figure.axes[0].images[0].get_array())[::28, ::28]
 
 
-@pytest.mark.parametrize("script, n", [(vae, 150), (cvae, 10), (gumbel_vae, 10)])
-def test_a_prior_has_as_many_gaussians_as_the_page_says(script, n):
-    x = torch.rand(6000, 3)  # enough codes for 150
-    x[:, 2] = 0  # all are of class 0
-    prior = script.fit_prior(Toy(), common.Data(x, torch.zeros(6000), None, None, ""))
+@pytest.mark.parametrize("script, spots", [(vae, 150), (cvae, 10), (gumbel_vae, 10)])
+def test_the_prior_fits_codes_in_as_many_spots_as_it_has_gaussians(script, spots):
+    spot = torch.arange(80 * spots) // 80  # 80 codes in each
+    place = 15.0 * torch.stack([spot // 10, spot % 10], 1)  # far apart, as sigma is 1
+    x = torch.cat([place, torch.zeros(len(place), 1)], 1)  # all are of class 0
+    prior = script.fit_prior(Toy(), common.Data(x, 0 * spot, None, None, ""))
     prior = prior if script is vae else prior[0]
-    assert len(prior.mixture_distribution.probs) == n
+    assert len(prior.mixture_distribution.probs) == spots
+    z = place + torch.randn(len(place), 2)
+    truth = D.Normal(place, 1.0).log_prob(z).sum(1) - math.log(spots)
+    assert truth.mean() - prior.log_prob(z).mean() < 0.5
+    assert prior.sample((4000,)).std(0) == pytest.approx(z.std(0).numpy(), rel=0.1)
 
 
 @with_classes
@@ -706,6 +713,7 @@ def test_make_data_takes_images_of_any_layout_and_type(change):
     (dict(x_train=-torch.rand(4, 4)), "floats from 0 to 1"),
     (dict(x_test=torch.full((4, 4), math.nan)), "x_test must be .* from nan to nan"),
     (dict(x_train=torch.ones(4, 4, dtype=torch.uint8)), "images of only 0 and 1 must be floats"),
+    (dict(x_train=torch.rand(0, 4)), "x_train must be square images"),
     (dict(x_test=torch.rand(4, 8)), "x_test must be square images"),
     (dict(x_test=torch.rand(4, 9)), "one size"),
     (dict(y_test=torch.arange(3)), "y_test must hold"),
@@ -751,6 +759,14 @@ def test_no_bundled_digit_is_in_both_parts():
     assert train.isdisjoint(test)
 
 
+def test_the_bundled_digits_are_upright_and_have_their_labels():
+    x_train, y_train, x_test, y_test = DIGITS
+    reader = KNeighborsClassifier(1).fit(*load_digits(return_X_y=True))
+    for x, y in (x_train, y_train), (x_test, y_test):
+        small = F.interpolate(x.view(-1, 1, 28, 28)[..., 4:24, 4:24], size=8, mode="area")
+        assert reader.score(16 * small.flatten(1), y) > 0.99
+
+
 # The command line
 
 @pytest.fixture(scope="session")
@@ -759,7 +775,7 @@ def runs(tmp_path_factory):
     folder, started = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
     for script, words in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
-        out = f"--out={script.__name__}/a"  # neither folder is there
+        out = f"--out={script.__name__}/a"  # the script has to make both folders
         words = [script.__file__, "--epochs=3", out, *words]
         started[script] = subprocess.Popen(
             [sys.executable, *words], cwd=folder, text=True, stdout=subprocess.PIPE,
@@ -797,6 +813,11 @@ def test_a_run_learns(script, trained):
     # 20 nats better than if the mean image were drawn for every image:
     assert scores["nelbo_fitted"] < scores["nelbo"] < script.reconstruction(mean, data.x_test) - 20
     assert script.evaluate(model, data)["nelbo"] == pytest.approx(scores["nelbo"], abs=0.01)
+
+
+@pytest.mark.parametrize("script", [gumbel_vae])
+def test_a_run_finds_the_digits(script, trained):
+    assert trained[2]["acc"] > 0.65
 
 
 @pytest.mark.parametrize("script, least, least_fitted", [
@@ -913,12 +934,14 @@ def test_bad_options_are_refused(words, data, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    ("--lr=1e30", "diverged"), ("--data=FILE", "FILE"), ("--data=OTHER", "call common.make_data")])
+    ("--lr=1e30", "diverged"), ("--data=FILE", "FILE"),
+    ("--data=NOISE", "call common.make_data"), ("--data=CUT", "call common.make_data")])
 def test_faults_end_in_one_line_and_leave_no_file(words, says, script, data):
     Path("FILE").touch()
-    shutil.copytree("data", "OTHER")
-    cut_off = Path("OTHER/MNIST/raw/train-images-idx3-ubyte")
-    cut_off.write_bytes(cut_off.read_bytes()[:1000])
+    images = "MNIST/raw/train-images-idx3-ubyte"
+    for folder, content in ("NOISE", b"noise"), ("CUT", Path("data", images).read_bytes()[:1000]):
+        shutil.copytree("data", folder)
+        Path(folder, images).write_bytes(content)
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit, match=rf"^.*{says}.*$"):  # . matches no line break
         start(script, words)
@@ -926,10 +949,13 @@ def test_faults_end_in_one_line_and_leave_no_file(words, says, script, data):
 
 
 def test_a_log_file_shows_each_line_at_once(monkeypatch):
-    written = io.BytesIO()
+    written, seen = io.BytesIO(), []
+    def main(argv):
+        print("epoch 1")
+        seen.append(written.getvalue())
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written))
-    common.run(lambda argv: print("epoch 1"))
-    assert b"epoch 1" in written.getvalue()
+    common.run(main)
+    assert b"epoch 1" in seen[0]
 
 
 def test_a_pasted_script_trains(script, data, monkeypatch, capsys):
