@@ -1,16 +1,19 @@
 """What the three scripts share: the pictures, the data, the fitted prior, and a little plumbing.
 
-An image is a row of 784 pixels in [0, 1], where 1 is ink; other square sizes work, too. A picture
-is a matplotlib figure; a notebook shows it as the value of a cell's last line. A model is any
-nn.Module whose decode(z), or decode(z, y) with a one-hot y, gives images. If it has no attributes
-z_dim and n_classes, the helpers assume 20 and 10.
+An image is a row of 784 pixels in [0, 1], where 1 is ink; other square sizes work, too. Functions
+that show something return a matplotlib figure, which a notebook displays if it is the value of a
+cell's last line. A model is any nn.Module whose decode(z), or decode(z, y) with a one-hot y, gives
+images. If it has no attributes z_dim and n_classes, the helpers assume 20 and 10.
 """
+import argparse
+import gzip
 import io
 import math
 import os
 import socket
 import sys
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,46 +30,43 @@ Data = namedtuple("Data", "x_train y_train x_test y_test source")  # x (N, 784),
 
 
 def one_hot(labels, n_classes=10):
-    """One-hot floats (N, n_classes) of integer labels (N,) from 0 to n_classes - 1."""
-    return F.one_hot(labels.long(), n_classes).float()
+    """Returns labels (N,), integers from 0 to n_classes - 1, as one-hot floats (N, n_classes)."""
+    return F.one_hot(torch.as_tensor(labels).long(), n_classes).float()
 
 
 # The pictures
 
 def image_side(x, name="images"):
-    """The side H of square images x, (N, H*H), (N, H, H) or (N, 1, H, H); ValueError for others."""
+    """Returns H for square images x, (N, H*H), (N, H, H) or (N, 1, H, H), or raises ValueError."""
     side = math.isqrt(math.prod(x.shape[1:]))
     if 0 in x.shape or tuple(x.shape[1:]) not in [(side**2,), (side, side), (1, side, side)]:
         raise ValueError(f"{name} must be square images, (N, H*H), (N, H, H) or (N, 1, H, H), "
-                         f"and their shape is {tuple(x.shape)}")
+                         f"but their shape is {tuple(x.shape)}")
     return side
 
 
 def tile(images, columns):
-    """One array (rows * 28, columns * 28) of images (N, 784); ValueError if they are not images."""
-    images = images.detach().cpu().float()
+    """Tiles images (N, 784) into one array (rows * 28, columns * 28), or raises ValueError."""
+    images = torch.as_tensor(images).detach().cpu().float()
     side = image_side(images)
-    if not -0.01 < images.min() <= images.max() < 1.01:  # warped images exceed 1 by rounding
-        raise ValueError("images must have values from 0 to 1, and these have values from "
+    if not -0.01 < images.min() <= images.max() < 1.01:  # rounding lifts warped images above 1
+        raise ValueError("images must have values from 0 to 1, but these range from "
                          f"{images.min():g} to {images.max():g}")
     return make_grid(images.reshape(-1, 1, side, side), columns, padding=0)[0].numpy()
 
 
-def draw_grid(axes, grid, extent):
-    """Draws dark ink on white, upright, without grid lines, whatever a matplotlibrc says."""
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", origin="upper",
-                extent=extent)
-    axes.grid(False)
-
-
 def show(images, title="", columns=8, row_labels=(), size=0.6):
-    """A figure of images (N, 784) in rows of `columns`, each image `size` inches wide."""
+    """Shows images (N, 784) in rows of `columns`, each image `size` inches wide.
+
+    In a loop or a function, a notebook needs display(common.show(x)).
+    """
     grid = tile(images, columns)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = size * (columns + 1.6 * bool(row_labels))
     figure, axes = plt.subplots(figsize=(max(4, width), size * rows + 0.3), layout="constrained")
-    draw_grid(axes, grid, extent=(0, columns, rows, 0))  # an image is 1 wide and 1 high
+    extent = 0, columns, rows, 0  # an image is 1 wide and 1 high
+    axes.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=extent)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set(xticks=[], yticks=np.arange(len(row_labels)) + 0.5, yticklabels=row_labels)
     axes.tick_params(labelsize=32 * size, length=0)
@@ -76,13 +76,13 @@ def show(images, title="", columns=8, row_labels=(), size=0.6):
 
 @torch.no_grad()
 def plot_reconstruction(model, x, y=None, title="images above their reconstructions"):
-    """A figure of images x (N, 784) above their reconstructions, model(x)[0] or model(x, y)[0]."""
+    """Shows images x (N, 784) above their reconstructions, model(x)[0] or model(x, y)[0]."""
     x_reconst = model(x)[0] if y is None else model(x, y)[0]
     return show(torch.cat([x.flatten(1), x_reconst.flatten(1)]), title, columns=len(x))
 
 
 def draw_codes(model, n, prior=None):
-    """Codes z (n, z_dim) from N(0, I) or from `prior`; for a list of priors, n for each class."""
+    """Draws codes z (n, z_dim) from N(0, I) or from `prior`; from a list of priors, n of each."""
     if isinstance(prior, (list, tuple)):
         return torch.stack([draw_codes(model, n, p) for p in prior])  # (n_classes, n, z_dim)
     z = torch.randn(n, getattr(model, "z_dim", 20)) if prior is None else prior.sample((n,))
@@ -91,7 +91,7 @@ def draw_codes(model, n, prior=None):
 
 @torch.no_grad()
 def decode_classes(model, z):
-    """Images (n_classes, N, 784) of codes z (N, z_dim), each decoded in every class.
+    """Decodes codes z (N, z_dim), each in every class, to images (n_classes, N, 784).
 
     If z is (n_classes, N, z_dim), each class has N codes of its own instead.
     """
@@ -103,15 +103,13 @@ def decode_classes(model, z):
 
 @torch.no_grad()
 def plot_generation(model, n=24, prior=None, title="generated images"):
-    """A figure of n images, with z from N(0, I) or from `prior`, which may be any distribution."""
-    if isinstance(prior, (list, tuple)):
-        raise ValueError("plot_generation takes one prior, plot_conditional_generation a list")
+    """Shows n images, with z from N(0, I) or from `prior`, any torch distribution of z."""
     return show(model.decode(draw_codes(model, n, prior)), title)
 
 
 def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="generated images",
                                 symbol="y", size=0.6):
-    """A figure with one class per row and n columns, or n images of the class fix_number.
+    """Shows one class per row in n columns, or, if fix_number is given, n images of that class.
 
     The drawings of a column share their z, unless `prior` is a list with a prior for each class.
     """
@@ -122,24 +120,36 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
     return show(images.flatten(0, 1), title, n, row_labels, size)
 
 
-def plot_handwriting(model, x, title="input, then its z decoded in every class"):
-    """A figure with one row per image of x (N, 784): the image, and its mu decoded in each class.
+@torch.no_grad()
+def plot_handwriting(model, x, prior=None, classes=None,
+                     title="input, then its mu decoded in every class"):
+    """Shows one row per image of x (N, 784): the image, then its mu decoded in each class.
 
-    After Kingma et al. 2014, figure 1.
+    Given a list of priors, one per class, and the classes (N,) of x, mu moves first: from its place
+    among the codes of its own class to the same place, in standard deviations, among the codes of
+    the class that it is decoded in. After Kingma et al. 2014, figure 1.
     """
+    if (prior is None) != (classes is None):
+        raise ValueError("to move mu, plot_handwriting needs both a list of priors and the classes")
+    z = model.encode(x)[0]  # (N, z_dim)
+    if prior is not None:
+        mean = torch.stack([r.mean for r in prior])  # (n_classes, z_dim)
+        sd = torch.stack([r.stddev for r in prior])  # (n_classes, z_dim)
+        z = mean[:, None] + (z - mean[classes]) / sd[classes] * sd[:, None]  # (n_classes, N, z_dim)
     x = x.flatten(1)
-    columns = [x, torch.zeros_like(x), *decode_classes(model, model.encode(x)[0])]
+    columns = [x, torch.zeros_like(x), *decode_classes(model, z)]
     return show(torch.stack(columns, 1).flatten(0, 1), title, len(columns))
 
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """The plane of z in quantiles of N(0, I): decoded images; codes (N, 2), coloured by label."""
+    """Shows images decoded over the plane of z, and codes (N, 2) on it; its axes are quantiles."""
     normal = D.Normal(0.0, 1.0)
-    ticks = (torch.arange(n) + 0.5) / n
-    z = normal.icdf(torch.cartesian_prod(ticks.flip(0), ticks)).flip(1)  # (n * n, 2), by rows
+    ticks = normal.icdf((torch.arange(n) + 0.5) / n)
+    z = torch.stack(torch.meshgrid(ticks, ticks.flip(0), indexing="xy"), 2)  # (n, n, 2), by rows
+    grid = tile(model.decode(z.view(-1, 2).to(codes.device)), n)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
-    draw_grid(left, tile(model.decode(z.to(codes.device)), n), extent=(0, 1, 0, 1))
+    left.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, 1, 0, 1))
     colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
     dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.2, antialiased=False, **colours)
     if labels is not None:
@@ -152,7 +162,7 @@ def plot_manifold(model, codes, labels=None, n=10):
 
 
 def plot_curves(history):
-    """A figure of the -ELBO of training and test images, by epoch."""
+    """Shows the -ELBO of training and test images, by epoch."""
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     for name, images in ("nelbo_train", "training images"), ("nelbo", "test images"):
         values = [metrics[name] for metrics in history]
@@ -167,38 +177,49 @@ def plot_curves(history):
 # The data
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
-    """Data from arrays, tensors or lists: square images (N, H*H), (N, H, H) or (N, 1, H, H).
+    """Makes Data of arrays, tensors or lists: square images (N, H*H), (N, H, H) or (N, 1, H, H).
 
-    Images are integers from 0 to 255 or floats from 0 to 1, and are copied. Labels are (N,) or
-    None. A ValueError says what is wrong.
+    Images are integers from 0, paper, to 255, ink, or floats from 0 to 1, and are copied. Labels
+    are (N,) or None. A ValueError says what is wrong.
     """
     tensors = []
     for part, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
+        if x is None:
+            raise ValueError(f"x_{part} is missing: both training and test images are needed")
         x = np.asarray(x)
         image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
         if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
             raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 "
-                             "(images of only 0 and 1 must be floats), and not "
+                             "(images of only 0 and 1 must be floats), but it holds "
                              f"{x.dtype} from {x.min()} to {x.max()}")
-        x = x.reshape(len(x), -1).astype("float32")  # torch reads no reversed or big-endian arrays
+        x = x.reshape(len(x), -1).astype("float32")  # torch cannot read all numpy arrays
         tensors.append(torch.from_numpy(x).to(device).div_(most))
         if y is not None:
             y = np.asarray(y)
             if y.shape != (len(x),) or y.dtype.kind not in "iu" or y.min() < 0:
                 raise ValueError(f"y_{part} must hold one integer >= 0 for each image, or be "
-                                 f"None: {y.dtype} {y.shape}")
+                                 f"None, but it holds {y.dtype} of shape {y.shape}")
             y = torch.from_numpy(y.astype("int64")).to(device)
         tensors.append(y)
     if tensors[0].shape[1] != tensors[2].shape[1]:
-        raise ValueError("x_train and x_test must be images of one size")
+        raise ValueError("the images of x_train and x_test must have the same size")
+    if tensors[0].mean() > 0.5:
+        print("WARNING: the mean of x_train is above a half: is paper 0, and ink 1?")
     return Data(*tensors, source)
 
 
-def load_mnist(root="data", device="cpu"):
-    """MNIST from `root`, downloaded if missing; without a download, scikit-learn's digits.
+def check_data(data):
+    """Raises ValueError unless both parts have images, and labels for all of them or for none."""
+    for part, x, y in ("train", *data[:2]), ("test", *data[2:4]):
+        if x is None or len(x) == 0 or y is not None and len(y) != len(x):
+            raise ValueError(f"x_{part} must have images, and y_{part} one label for each, or None")
 
-    OSError if `root` cannot be used, or if its files cannot be read.
+
+def load_mnist(root="data", device="cpu"):
+    """Loads MNIST from `root`, or downloads it there; if that fails, loads scikit-learn's digits.
+
+    Raises OSError if `root` cannot be used, or if its files cannot be read.
     """
     root = Path(root).expanduser()
     folder = root / "MNIST/raw"
@@ -206,6 +227,10 @@ def load_mnist(root="data", device="cpu"):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
+        for archive in folder.glob("*-ubyte.gz"):  # one of a user's own would be overwritten
+            if not archive.with_suffix("").exists():
+                with suppress(EOFError, gzip.BadGzipFile):  # a cut-off one is downloaded again
+                    archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
         train, test = (MNIST(root, train, download=True) for train in (True, False))
         data = make_data(train.data, train.targets, test.data, test.targets, "MNIST")
     except Exception as error:  # torchvision raises all sorts of errors
@@ -213,7 +238,7 @@ def load_mnist(root="data", device="cpu"):
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
             raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
                           "call common.make_data for images of your own") from error
-        print(f"WARNING: MNIST could not be downloaded; using scikit-learn's 8x8 digits: {error!r}")
+        print(f"WARNING: no MNIST could be downloaded ({error!r}); using scikit-learn's 8x8 digits")
         data = make_data(*bundled_digits(), "scikit-learn's 8x8 digits (NOT MNIST)")
     finally:
         socket.setdefaulttimeout(timeout)
@@ -221,32 +246,32 @@ def load_mnist(root="data", device="cpu"):
 
 
 def bundled_digits():
-    """scikit-learn's 1,797 8x8 digits, framed like MNIST's: x_train, y_train, x_test, y_test."""
+    """Returns scikit-learn's 1,797 8x8 digits, framed like MNIST's, as arguments of make_data."""
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4)).flatten(1)  # (1797, 784)
     test = np.arange(len(y)) % 6 == 5
-    # Ten copies of the 1,498 training images make an epoch long enough to learn something in.
+    # Ten copies of the 1,498 training images make an epoch long enough for a model to learn.
     return x[~test].repeat(10, 1), np.tile(y[~test], 10), x[test], y[test]
 
 
 # The fitted prior
 
 def fit_mixture(z, n_components):
-    """A mixture of Gaussians, fitted to codes z (N, z_dim), as a torch distribution.
+    """Fits a mixture of Gaussians to codes z (N, z_dim), and returns it as a torch distribution.
 
-    We ask for 20 codes per dimension and Gaussian, on average. If the codes are too few, fewer
-    Gaussians than n_components are fitted; if they are too few for one, N(0, I) is returned.
+    We require 20 codes for each Gaussian and dimension, on average. If there are too few codes for
+    n_components Gaussians, fewer are fitted; if there are too few for one, N(0, I) is returned.
     """
     n, z_dim = z.shape
     enough = n // (20 * z_dim)
     if enough < n_components:
-        instead = f"fitting {enough}" if enough else "keeping N(0, I)"
-        print(f"{n} codes are too few to fit {n_components} Gaussians: {instead}")
+        print(f"{n} codes are too few to fit {n_components} Gaussians: fitting {enough}")
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)
-    # tol stops EM early. reg_covar, added to the variances, keeps float32 stable at any scale.
+    # With tol=1.0, EM takes about two steps after k-means. reg_covar is added to the variances, and
+    # keeps float32 stable at any scale.
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
@@ -259,23 +284,22 @@ def fit_mixture(z, n_components):
 # The plumbing
 
 def number(kind, least, allowed):
-    """An argparse type: a finite number, `least` or more; error messages call it `allowed`."""
+    """Returns an argparse type: a finite number, `least` or more; its errors call it `allowed`."""
     def parse(text):
-        value = kind(text)
-        if not least <= value < math.inf:  # this is false for nan, too
-            raise ValueError
-        return value
-    parse.__name__ = allowed  # argparse quotes it: invalid number > 0 value: '-1'
+        with suppress(ValueError):
+            if least <= kind(text) < math.inf:  # this is false for nan, too
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
     return parse
 
 
-positive_int = number(int, 1, "integer >= 1")
-positive_float = number(float, sys.float_info.min, "number > 0")
-nonnegative_float = number(float, 0, "number >= 0")
+positive_int = number(int, 1, "an integer >= 1")
+positive_float = number(float, sys.float_info.min, "a number > 0")
+nonnegative_float = number(float, 0, "a number >= 0")
 
 
 def results_folder(path):
-    """The folder of this path, made if missing; OSError if the results could not be saved there."""
+    """Returns the folder of this path, made if missing; raises OSError if it is not writable."""
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):  # checked before the training, not after it
@@ -300,15 +324,13 @@ def save(state_dict, path):
 
 
 def run(main):
-    """Calls main with the command line's arguments; file errors and divergence end in one line."""
+    """Calls main with the command line's arguments; a file error or divergence ends in one line."""
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not so in a notebook's %run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # under a notebook's %run it is not
         # Each line reaches a log file at once, and characters that it cannot hold are escaped.
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (OSError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}; see also --help")

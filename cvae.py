@@ -5,10 +5,10 @@ to say how it is written. The encoder q(z|x) does not see y. At beta = 1 the los
 
     log p(x|y) >= E_q(z|x)[ log p(x|z, y) ] - KL( q(z|x) || N(0, I) ),
 
-and in general it is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the digit,
-too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small: drawings
-follow the label, but most of the handwriting is lost. If z comes from the label's own prior, fitted
-to the codes of that digit, there are few contradictions at beta = 1, too.
+and in general the loss is reconstruction + beta * KL, in nats per image. At beta = 1, z holds the
+digit, too, and a drawing from a random z may contradict its label. At beta = 10 the KL is small:
+drawings follow the label, but most of the handwriting is lost. If z comes from the label's own
+prior, fitted to the codes of that digit, there are few contradictions at beta = 1, too.
 
     Higgins et al. 2017, beta-VAE, ICLR, equation 4
     Sohn et al. 2015, Learning Structured Output Representation, NIPS; its encoder sees y, too
@@ -44,36 +44,36 @@ class CVAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
+        """Maps x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def logits(self, z, y):
-        """z (N, z_dim), one-hot y (N, n_classes) to Bernoulli logits (N, 784), for the loss."""
+        """Maps z (N, z_dim), one-hot y (N, n_classes) to pixel logits (N, 784), for the loss."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
     def decode(self, z, y):
-        """The pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z, y))
 
     def forward(self, x, y):
-        """x_reconst (N, 784) from one sampled z per image, and mu and log_var (N, z_dim)."""
+        """Returns x_reconst (N, 784), decoded from one sampled z per image, mu and log_var."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var), y), mu, log_var
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
+    """Draws z = mu + sigma * noise (N, z_dim), with gradients to both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
+    """Returns -log p(x|...) of Bernoulli pixels in nats: a sum over pixels, a mean over images."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
+    """Returns KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
@@ -81,9 +81,10 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
     """Minimises reconstruction + beta * KL; returns the history: a list with a dict per epoch."""
     if data.y_train is None or data.y_test is None:
         raise ValueError("a conditional VAE needs y_train and y_test: a label for each image")
+    common.check_data(data)
     n = len(data.x_train)
     y_train = common.one_hot(data.y_train, model.n_classes)  # (N, n_classes)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     history = []
     step = 0
     steps = epochs * math.ceil(n / batch_size)
@@ -92,11 +93,11 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
+            # The learning rate climbs to lr over a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The KL's weight goes from 1 to beta. If it is 10 at once, -ELBO is 2 nats higher.
+            # The weight of z's KL climbs from 1 to beta; at beta = 10, this saves cvae.py 2.4 nats.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
@@ -118,12 +119,12 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 
 @torch.no_grad()
-def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, from one z per image; FloatingPointError if not finite."""
+def evaluate(model, data, prior=None):
+    """Scores test images in nats per image, from one z each; FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
+    generator = torch.Generator("cpu").manual_seed(0)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z, y), data.x_test).item()
@@ -142,7 +143,7 @@ def evaluate(model, data, prior=None, seed=0):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|y), a list with a mixture for each label, to the codes of its images."""
+    """For each label y, fits a mixture r(z|y) to the codes of its images; returns a list."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     groups = [codes[data.y_train == k] for k in range(model.n_classes)]
     return [common.fit_mixture(z, n_components) for z in groups]
@@ -158,7 +159,8 @@ def make_figures(model, data, prior, history):
         "reconstruction": common.plot_reconstruction(model, x, y),
         "generation": plot(model, title="z ~ N(0, I), one per column"),
         "fitted": plot(model, prior=prior, title="z ~ fitted prior of the label"),
-        "handwriting": common.plot_handwriting(model, x),
+        "handwriting": common.plot_handwriting(
+            model, x, prior, data.y_test[:12], "input, then its mu moved to each y"),
         "loss": common.plot_curves(history)}
     return figures
 
@@ -172,12 +174,11 @@ def options():
     add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
     add("--batch-size", type=common.positive_int, default=128, help="images per step")
     add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate")
-    add("--beta", type=common.nonnegative_float, default=10.0,
-        help="weight of the KL; 1 gives the ELBO")
+    add("--beta", type=common.nonnegative_float, default=10.0, help="weight of KL; 1 gives ELBO")
     add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST; downloaded if missing")
+    add("--device", choices=devices, default=devices[0], help="device to run on")
+    add("--data", default="data", help="folder for MNIST, downloaded if missing")
     add("--out", default="samples", help="folder for the weights and pictures")
     return parser
 
@@ -187,11 +188,11 @@ def main(argv=()):
     args = options().parse_args(argv)
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
-    print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          f"minimising reconstruction + {args.beta:g} * KL")
+    print(f"{data.source}: {len(data.x_train):,} training and {len(data.x_test):,} test images, "
+          f"on {args.device}; minimising reconstruction + {args.beta:g} * KL")
     torch.manual_seed(args.seed)
-    model = CVAE(z_dim=args.z_dim).to(args.device)
-    history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta)
+    model = CVAE(data.x_train.shape[1], z_dim=args.z_dim).to(args.device)
+    history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta)
     common.save(model.state_dict(), out / "cvae.pt")  # before anything else can fail
     print("fitting the prior")
     prior = fit_prior(model, data)

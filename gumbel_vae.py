@@ -1,6 +1,6 @@
-"""The Gumbel-softmax VAE: besides z it has a categorical c, to cluster digits without labels.
+"""The Gumbel-softmax VAE: it sorts digits into ten clusters without labels, and draws each.
 
-A digit is drawn from p(x|z, c): c, uniform over ten clusters, should name the digit, and
+A digit is drawn from p(x|z, c): the cluster c, uniform over ten, should name the digit, and
 z ~ N(0, I) should hold the handwriting. The Gumbel-softmax draws a one-hot c from q(c|x), yet lets
 a gradient through. The bound, the ELBO, is
 
@@ -9,8 +9,8 @@ a gradient through. The bound, the ELBO, is
 and --objective decides what happens to its KL terms:
 
     elbo        Both stay, and beta weighs the KL of z. At beta = 1, c says almost nothing about x.
-    capacity    Both are pulled towards set values; use --beta 30. c is used, but not necessarily
-                for the digit.
+    capacity    Both are pulled towards growing targets; use --beta 30. c is used, but not
+                necessarily for the digit.
     clustering  The KL of z stays. Three other costs replace that of c: q(c|x) should not change
                 when x is warped, should be sure of a cluster, and should use all clusters. This
                 finds the digits. A fourth cost makes the decoder obey c more often: what it draws
@@ -54,24 +54,24 @@ class GumbelVAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
+        """Maps x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def cluster(self, x):
-        """x (N, 784) to log q(c|x) (N, n_classes)."""
+        """Maps x (N, 784) to log q(c|x) (N, n_classes)."""
         return F.log_softmax(self.to_cluster_logits(F.relu(self.to_cluster_hidden(x))), dim=1)
 
     def logits(self, z, c):
-        """z (N, z_dim), one-hot c (N, n_classes) to Bernoulli logits (N, 784), for the loss."""
+        """Maps z (N, z_dim), one-hot c (N, n_classes) to pixel logits (N, 784), for the loss."""
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
     def decode(self, z, c):
-        """The pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z, c))
 
     def forward(self, x, *, tau=0.5):
-        """x_reconst (N, 784) from one sampled z and c per image; mu, log_var, log q(c|x)."""
+        """Returns x_reconst (N, 784), from one sampled z and c each, mu, log_var, log q(c|x)."""
         mu, log_var = self.encode(x)
         log_q = self.cluster(x)
         c = F.gumbel_softmax(log_q, tau, hard=True)  # (N, n_classes): one-hot, with a gradient
@@ -79,34 +79,34 @@ class GumbelVAE(nn.Module):
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
+    """Draws z = mu + sigma * noise (N, z_dim), with gradients to both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
+    """Returns -log p(x|...) of Bernoulli pixels in nats: a sum over pixels, a mean over images."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
+    """Returns KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
 def categorical_kl(log_q):
-    """KL(q(c|x) || uniform) of log_q (N, K), nats per image."""
+    """Returns KL(q(c|x) || uniform) of log_q (N, K), in nats per image."""
     return math.log(log_q.shape[1]) + (log_q.exp() * log_q).sum(1).mean()
 
 
 def clustering(log_q, log_q_warped):
-    """KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), nats per image. After Hu et al. 2017.
+    """Returns KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), in nats. After Hu et al. 2017.
 
-    log_q (N, K) belongs to images x, and log_q_warped (2 N, K) to two warps Tx of each: N rows for
-    a warp of every x, then N for another. The KL is a mean over both; only q(c|Tx) learns from it.
+    log_q (N, K) is log q(c|x) of images x; log_q_warped (2 N, K) is log q(c|Tx) of two warps Tx of
+    each, in rows i and N + i. The KL is averaged over both, and its gradient goes only to q(c|Tx).
     H(c|x) is the mean entropy of q(c|x), and H(c) the entropy of the mean of q(c|x).
     """
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
-    # kl_div(log q, log p) is KL(p || q): the argument that learns comes first.
+    # F.kl_div takes its arguments in reverse: kl_div(log q, log p) is KL(p || q).
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
     h_c_given_x = -(log_q.exp() * log_q).sum(1).mean()
     log_marginal = log_q.logsumexp(0) - math.log(len(log_q))  # (K,), over this batch
@@ -115,7 +115,7 @@ def clustering(log_q, log_q_warped):
 
 
 def read_back(model, z, k):
-    """-log q(k|Tx), nats per image, where x is decoded from z (N, z_dim) and clusters k (N,).
+    """Returns -log q(k|Tx) where x is drawn from z (N, z_dim) and clusters k (N,).
 
     Both the decoder and the reader q learn from it. After Chen et al. 2016, equation 5.
     """
@@ -124,22 +124,22 @@ def read_back(model, z, k):
 
 
 def warp(x):
-    """Tx (N, 784): square images, each a little stretched, slanted, turned, shifted and bent."""
+    """Returns Tx (N, 784): each image x a little stretched, slanted, turned, shifted and bent."""
     n = len(x)
     side = math.isqrt(x.shape[1])
-    # The place that a pixel comes from is a weighted sum of its column, its row, 1 and 16 bumps.
-    # One matrix product computes all places, many times faster than affine_grid and interpolate.
+    # Each pixel of Tx is looked up in x, at a weighted sum of its column, its row, 1 and 16 bumps.
+    # One product finds all places, much faster than affine_grid and interpolate.
     line = torch.linspace(1 / side - 1, 1 - 1 / side, side, device=x.device)  # (28,), in (-1, 1)
     row, column = torch.meshgrid(line, line, indexing="ij")  # (28, 28), (28, 28)
     plane = torch.stack([column, row, torch.ones_like(row)]).flatten(1)  # (3, 784)
     bump = torch.eye(4, device=x.device)[None, None]
     bump = F.interpolate(bump, (4, side), mode="bicubic", align_corners=True)[0, 0]  # (4, 28)
     basis = torch.cat([plane, torch.kron(bump, bump)])  # (19, 784)
-    # Stretch by up to 10 %, slant by 11 degrees, turn by 15, shift by 2 pixels of 28:
+    # At most, stretch by 10 %, slant by 11 degrees, turn by 15, shift by 2 of 28 pixels:
     stretch_x, stretch_y, slant, turn, right, down = 2 * torch.rand(6, n, device=x.device) - 1
     affine = torch.stack([1 + 0.1 * stretch_x, 0.2 * slant - 0.26 * turn, -right / 7,
                           0.26 * turn, 1 + 0.1 * stretch_y, -down / 7], 1).view(n, 2, 3)
-    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # bumps, 0.7 pixels high (sd)
+    bend = 0.05 * torch.randn(n, 2, 16, device=x.device)  # heights of bumps: sd 0.7 pixels
     grid = (torch.cat([affine, bend], 2) @ basis).view(n, 2, side, side).permute(0, 2, 3, 1)
     return F.grid_sample(x.view(n, 1, side, side), grid, align_corners=False).flatten(1)
 
@@ -149,8 +149,9 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
     """Minimises the loss of the objective; returns the history: a list with a dict per epoch."""
     if objective not in ("elbo", "capacity", "clustering"):
         raise ValueError(f"the objective {objective!r} is not one of elbo, capacity, clustering")
+    common.check_data(data)
     n = len(data.x_train)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     history = []
     step = 0
     steps = epochs * math.ceil(n / batch_size)
@@ -159,19 +160,16 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
+            # The learning rate climbs to lr over a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
-            # The weight of z's KL goes from 1 to beta, as in cvae.py.
+            # The weight of z's KL climbs from 1 to beta; at beta = 10, this saves cvae.py 2.4 nats.
             kl_weight = 1 + (beta - 1) * climb  # after Bowman et al. 2015, arXiv:1511.06349
 
             x = data.x_train[batch]  # (B, 784)
-            clustered = x
-            if objective == "clustering":
-                clustered = torch.cat([x, warp(x.repeat(2, 1))])  # (3 B, 784)
             mu, log_var = model.encode(x)  # (B, z_dim), (B, z_dim)
-            log_q, log_q_warped = model.cluster(clustered).tensor_split([len(x)])  # of x and Tx
+            log_q = model.cluster(x)  # (B, n_classes)
             c = F.gumbel_softmax(log_q, tau, hard=True)  # (B, n_classes): one-hot, with a gradient
             z = reparameterize(mu, log_var)  # (B, z_dim)
             recon = reconstruction(model.logits(z, c), x)  # nats per image
@@ -184,8 +182,9 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
                 pulls = abs(kl - 2.0 * progress) + abs(kl_c - math.log(model.n_classes) * progress)
                 loss = recon + beta * pulls  # Dupont 2018, equation 7
             else:
-                # Codes of every eighth image, to save time, and as many from N(0, I). They are
-                # detached, so that reading back teaches the decoder and the reader alone.
+                log_q_warped = model.cluster(warp(x.repeat(2, 1)))  # (2 B, n_classes)
+                # Take the codes of every eighth image, to save time, and as many from N(0, I).
+                # They are detached, so that reading back trains only the decoder and the reader.
                 codes = z[::8].detach()
                 codes = torch.cat([codes, torch.randn_like(codes)])
                 k = torch.randint(model.n_classes, (len(codes),), device=x.device)
@@ -203,15 +202,15 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
 
 
 @torch.no_grad()
-def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, from one z and c per image, and the clusters' scores.
+def evaluate(model, data, prior=None):
+    """Scores test images in nats per image, from one z and c each, and clusters by NMI and ACC.
 
-    FloatingPointError if they are not finite.
+    Raises FloatingPointError if a loss is not finite.
     """
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     log_q = model.cluster(data.x_test)  # (N, n_classes)
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
+    generator = torch.Generator("cpu").manual_seed(0)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     kl = gaussian_kl(mu, log_var).item()
@@ -236,10 +235,10 @@ def evaluate(model, data, prior=None, seed=0):
 
 
 def score(labels, clusters):
-    """NMI and ACC of labels and clusters (N,).
+    """Returns the normalized mutual information, NMI, and the accuracy, ACC, of clusters (N,).
 
-    For ACC, each label is paired with a cluster of its own, such that the most images are in their
-    label's cluster; ACC is the share of these images.
+    For ACC, each label is paired with a cluster of its own, so that as many images as possible are
+    in the cluster of their label; ACC is the share of images that are.
     """
     counts = contingency_matrix(labels, clusters)
     pairs = linear_sum_assignment(counts, maximize=True)
@@ -251,7 +250,7 @@ def score(labels, clusters):
 
 @torch.no_grad()
 def fit_prior(model, data, n_components=10):
-    """Fits a prior r(z|c), a list with a mixture for each cluster, to the codes of its images."""
+    """For each cluster c, fits a mixture r(z|c) to the codes of its images; returns a list."""
     codes = torch.cat([reparameterize(*model.encode(x)) for x in data.x_train.split(10000)])
     clusters = torch.cat([model.cluster(x).argmax(1) for x in data.x_train.split(10000)])
     groups = [codes[clusters == k] for k in range(model.n_classes)]
@@ -268,7 +267,8 @@ def make_figures(model, data, prior, history):
         "generation": plot(model, title="z ~ N(0, I), one per column", symbol="c"),
         "fitted": plot(model, 20, prior=prior, title="z ~ fitted prior of the cluster", symbol="c",
                        size=0.28),  # inches, which are 28 pixels
-        "handwriting": common.plot_handwriting(model, x),
+        "handwriting": common.plot_handwriting(
+            model, x, prior, model.cluster(x).argmax(1), "input, then its mu moved to each c"),
         "loss": common.plot_curves(history)}
     return figures
 
@@ -283,17 +283,17 @@ def options():
     add("--batch-size", type=common.positive_int, default=128, help="images per step")
     add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
     add("--beta", type=common.nonnegative_float, default=1.0,
-        help="weight of KL(z); with capacity, the weight of both pulls (use 30)")
+        help="weight of KL(z); with capacity, weight of both pulls (use 30)")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="which loss to minimise: see the top of the file")
-    add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")
+    add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of the clustering")
     add("--read-weight", type=common.nonnegative_float, default=15.0, help="weight of reading back")
     add("--tau", type=common.positive_float, default=0.5, help="temperature of the Gumbel-softmax")
     add("--n-classes", type=common.positive_int, default=10, help="number of clusters")
     add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST; downloaded if missing")
+    add("--device", choices=devices, default=devices[0], help="device to run on")
+    add("--data", default="data", help="folder for MNIST, downloaded if missing")
     add("--out", default="samples", help="folder for the weights and pictures")
     return parser
 
@@ -303,13 +303,13 @@ def main(argv=()):
     args = options().parse_args(argv)
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
-    print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          f"minimising the loss of --objective {args.objective}")
+    print(f"{data.source}: {len(data.x_train):,} training and {len(data.x_test):,} test images, "
+          f"on {args.device}; minimising the loss of --objective {args.objective}")
     torch.manual_seed(args.seed)
-    model = GumbelVAE(z_dim=args.z_dim, n_classes=args.n_classes).to(args.device)
-    history = train(model, data, args.epochs, args.batch_size, args.lr, beta=args.beta,
-                    objective=args.objective, gamma=args.gamma, read_weight=args.read_weight,
-                    tau=args.tau)
+    model = GumbelVAE(data.x_train.shape[1], z_dim=args.z_dim, n_classes=args.n_classes)
+    model.to(args.device)
+    history = train(model, data, args.epochs, args.batch_size, args.lr, args.beta,
+                    args.objective, args.gamma, args.read_weight, args.tau)
     common.save(model.state_dict(), out / "gumbel_vae.pt")  # before anything else can fail
     print("fitting the prior")
     prior = fit_prior(model, data)

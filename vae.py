@@ -1,9 +1,9 @@
 """The variational auto-encoder (VAE): it explains digits by hidden causes, the codes z.
 
 A digit x is drawn in two steps: first a code z of 20 numbers from N(0, I), then 784 pixels from
-p(x|z), which a decoder network computes. There is no formula for the posterior p(z|x), which says
-what codes fit a given x; an encoder network approximates it by q(z|x) = N(mu(x), diag(sigma^2(x))).
-Both networks are trained to maximise the evidence lower bound, the ELBO,
+p(x|z), which a decoder network computes. The posterior p(z|x), the distribution of the codes
+that x may come from, has no formula; an encoder network approximates it by q(z|x) = N(mu(x),
+diag(sigma^2(x))). Both networks are trained to maximise the evidence lower bound, the ELBO,
 
     log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || N(0, I) ),
 
@@ -41,43 +41,44 @@ class VAE(nn.Module):
         nn.init.constant_(self.to_logits.bias, -1.9)  # the logit of MNIST's mean pixel, 0.13
 
     def encode(self, x):
-        """x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
+        """Maps x (N, 784) to mu and log_var (N, z_dim) of q(z|x), the approximate posterior."""
         h = F.relu(self.to_hidden(x))  # (N, h_dim)
         return self.to_mu(h), self.to_log_var(h)
 
     def logits(self, z):
-        """z (N, z_dim) to Bernoulli logits (N, 784), for the loss."""
+        """Maps z (N, z_dim) to pixel logits (N, 784), for the loss."""
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def decode(self, z):
-        """The pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
         return torch.sigmoid(self.logits(z))
 
     def forward(self, x):
-        """x_reconst (N, 784) from one sampled z per image, and mu and log_var (N, z_dim)."""
+        """Returns x_reconst (N, 784), decoded from one sampled z per image, mu and log_var."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var)), mu, log_var
 
 
 def reparameterize(mu, log_var):
-    """z = mu + sigma * noise (N, z_dim): mu and sigma get gradients. Kingma and Welling, 2.4."""
+    """Draws z = mu + sigma * noise (N, z_dim), with gradients to both. Kingma and Welling, 2.4."""
     return mu + torch.exp(log_var / 2) * torch.randn_like(mu)
 
 
 def reconstruction(logits, x):
-    """-log p(x|...) of Bernoulli pixels: summed over pixels, averaged over images; in nats."""
+    """Returns -log p(x|...) of Bernoulli pixels in nats: a sum over pixels, a mean over images."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def gaussian_kl(mu, log_var):
-    """KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
+    """Returns KL(q(z|x) || N(0, I)), in nats per image. Kingma and Welling, appendix B."""
     return 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).sum() / len(mu)
 
 
 def train(model, data, epochs=15, batch_size=128, lr=8e-3):
     """Minimises reconstruction + KL; returns the history: a list with a dict per epoch."""
+    common.check_data(data)
     n = len(data.x_train)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     history = []
     step = 0
     steps = epochs * math.ceil(n / batch_size)
@@ -86,7 +87,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
         start = time.perf_counter()
         total = 0.0
         for batch in torch.randperm(n, device=data.x_train.device).split(batch_size):
-            # The learning rate climbs to lr in a quarter of the steps, then falls to zero.
+            # The learning rate climbs to lr over a quarter of the steps, then falls to zero.
             climb = min(1, (step + 1) / (0.25 * steps))
             fall = (steps - step) / (0.75 * steps)
             optimizer.param_groups[0]["lr"] = lr * min(climb, fall)
@@ -109,11 +110,11 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 
 @torch.no_grad()
-def evaluate(model, data, prior=None, seed=0):
-    """Test metrics, in nats per image, from one z per image; FloatingPointError if not finite."""
+def evaluate(model, data, prior=None):
+    """Scores test images in nats per image, from one z each; FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
-    generator = torch.Generator("cpu").manual_seed(seed)  # the same draws on any device
+    generator = torch.Generator("cpu").manual_seed(0)  # the same draws on any device
     noise = torch.randn(mu.shape, generator=generator, device="cpu").to(mu.device)
     z = mu + torch.exp(log_var / 2) * noise  # (N, z_dim)
     recon = reconstruction(model.logits(z), data.x_test).item()
@@ -162,8 +163,8 @@ def options():
     add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate")
     add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
-    add("--device", choices=devices, default=devices[0], help="where to compute")
-    add("--data", default="data", help="folder of MNIST; downloaded if missing")
+    add("--device", choices=devices, default=devices[0], help="device to run on")
+    add("--data", default="data", help="folder for MNIST, downloaded if missing")
     add("--out", default="samples", help="folder for the weights and pictures")
     return parser
 
@@ -173,10 +174,10 @@ def main(argv=()):
     args = options().parse_args(argv)
     out = common.results_folder(args.out)
     data = common.load_mnist(args.data, args.device)
-    print(f"{data.source}, {len(data.x_train):,} + {len(data.x_test):,} images, on {args.device}: "
-          "minimising reconstruction + KL")
+    print(f"{data.source}: {len(data.x_train):,} training and {len(data.x_test):,} test images, "
+          f"on {args.device}; minimising reconstruction + KL")
     torch.manual_seed(args.seed)
-    model = VAE(z_dim=args.z_dim).to(args.device)
+    model = VAE(data.x_train.shape[1], z_dim=args.z_dim).to(args.device)
     history = train(model, data, args.epochs, args.batch_size, args.lr)
     common.save(model.state_dict(), out / "vae.pt")  # before anything else can fail
     print("fitting the prior")
