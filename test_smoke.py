@@ -47,10 +47,6 @@ def script(request):
     return request.param
 
 
-# A test with this mark runs for these two scripts only.
-with_classes = pytest.mark.parametrize("script", [cvae, gumbel_vae])
-
-
 @pytest.fixture(autouse=True)
 def seed():
     """Each test draws the same numbers whenever it runs."""
@@ -67,7 +63,7 @@ def data(tmp_path, monkeypatch):
 
 def write_mnist(folder, n=None, margin=0):
     """Writes the first n training and the first n test digits in MNIST's file format."""
-    raw = folder / "MNIST" / "raw"
+    raw = folder / "MNIST/raw"
     raw.mkdir(parents=True)
     names = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
     for name, array in zip(names, DIGITS):
@@ -83,13 +79,6 @@ def start(script, *arguments):
     """Runs the script for an epoch, as if from the command line."""
     with patch("sys.argv", [script.__file__, "--epochs=1", "--out=.", *arguments]):
         common.run(script.main)
-
-
-def classes_of(script, model, x, y):
-    """Returns the classes that evaluate decodes in: labels, or drawn clusters; 0 in vae.py."""
-    if script is gumbel_vae:
-        return D.Categorical(logits=model.cluster(x)).sample()
-    return y if script is cvae else 0 * y
 
 
 def gaussian(mean, sd=1.0):
@@ -133,12 +122,9 @@ def test_reparameterize(script):
           f"reparameterize returned {found}; it should return a tensor like mu")
     many = torch.stack([z, *(script.reparameterize(mu, log_var) for _ in range(4000))])
     noise = ((many - mu) / torch.exp(log_var / 2)).detach().flatten(1)  # (4001, 15)
-    covariance = noise.T.cov()
-    check(abs(noise.mean(0)).max() < 0.1 and abs(covariance.diag() - 1).max() < 0.15,
-          "reparameterize: the noise (z - mu) / sigma should have mean 0 and variance 1, "
-          "where sigma is exp(log_var / 2)")
-    check(abs(covariance - covariance.diag().diag()).max() < 0.15,
-          "reparameterize: each number of each image needs noise of its own")
+    check(abs(noise.mean(0)).max() < 0.1 and abs(noise.T.cov() - torch.eye(15)).max() < 0.15,
+          "reparameterize: the noise (z - mu) / sigma, where sigma is exp(log_var / 2), should "
+          "have mean 0 and variance 1, and each number of each image needs noise of its own")
     oracle = mu + torch.exp(log_var / 2) * noise[0].view(3, 5)  # the first noise is that of z
     judge("reparameterize, summed,", z.sum(), oracle.sum(), (3, 5), mu=mu, log_var=log_var)
 
@@ -191,7 +177,8 @@ def test_read_back():
     loss = gumbel_vae.read_back(model, z, k)
     torch.manual_seed(1)  # the same warps
     drawn = model.decode(z, one_hot(k))
-    plain, oracle = (-model.cluster(x)[range(50), k].mean() for x in (drawn, gumbel_vae.warp(drawn)))
+    warped = gumbel_vae.warp(drawn)
+    plain, oracle = (-model.cluster(x)[range(50), k].mean() for x in (drawn, warped))
     judge("read_back", loss, oracle, (50, 20), "; the decoder and the reader should both learn",
           {"right only without the warp": plain}, decoder=model.to_logits.bias,
           reader=model.to_cluster_logits.bias)
@@ -231,66 +218,58 @@ def test_a_warp_moves_each_image_a_little_and_otherwise(side):
 
 def by_hand(script, model, x, y, climb, progress, objective=None, beta=1.0, tau=0.5, **weights):
     """Returns -ELBO and the loss; climb and progress go from 0 to 1 in a quarter and a half."""
-    condition, kl_c = [one_hot(y)] if script is cvae else [], 0
+    told, kl_c = [one_hot(y)] if script is cvae else [], 0
     if script is gumbel_vae:
         log_q = model.cluster(x)
-        condition, kl_c = [F.gumbel_softmax(log_q, tau, hard=True)], gumbel_vae.categorical_kl(log_q)
+        told, kl_c = [F.gumbel_softmax(log_q, tau, hard=True)], gumbel_vae.categorical_kl(log_q)
     mu, log_var = model.encode(x)
     z = D.Normal(mu, torch.exp(log_var / 2)).rsample()
-    recon = vae.reconstruction(model.logits(z, *condition), x)
-    kl = vae.gaussian_kl(mu, log_var)
+    recon, kl = vae.reconstruction(model.logits(z, *told), x), vae.gaussian_kl(mu, log_var)
     loss = recon + (1 + (beta - 1) * climb) * kl
     if objective == "elbo":
         loss = loss + kl_c
     elif objective == "capacity":
-        loss = recon + beta * (abs(kl - 2 * progress) + abs(kl_c - math.log(3) * progress))
+        loss = recon + beta * (abs(kl - 2 * progress) + abs(kl_c - math.log(10) * progress))
     elif objective == "clustering":
         log_q_warped = model.cluster(gumbel_vae.warp(torch.cat([x, x])))
-        codes = z[::8].detach()
-        codes = torch.cat([codes, torch.randn(len(codes), 5)])
-        k = torch.randint(3, (len(codes),))
+        codes = torch.cat([z[::8].detach(), torch.randn(len(z[::8]), 5)])
+        k = torch.randint(10, (len(codes),))
         loss = loss + weights["gamma"] * gumbel_vae.clustering(log_q, log_q_warped)
         loss = loss + weights["read_weight"] * climb * gumbel_vae.read_back(model, codes, k)
     return recon + kl + kl_c, loss
 
 
-@pytest.mark.parametrize("script, size, options", [
-    (vae, {}, {}), (cvae, {}, dict(beta=5.0)),
-    # With three clusters, KL(c) passes its target, so that both signs of abs() are tested.
-    (gumbel_vae, dict(n_classes=3), dict(objective="elbo", beta=2.0, tau=0.3)),
-    (gumbel_vae, dict(n_classes=3), dict(objective="capacity", beta=30.0)),
-    (gumbel_vae, dict(n_classes=3), dict(objective="clustering", beta=2.0, tau=2.0, gamma=3.0,
-                                         read_weight=7.0))])
-def test_training_agrees_with_steps_by_hand(script, size, options, data):
-    model = MODELS[script](h_dim=32, z_dim=5, **size)
+@pytest.mark.parametrize("script, options", [
+    (vae, {}), (cvae, dict(beta=5.0)), (gumbel_vae, dict(objective="elbo", beta=2.0, tau=0.3)),
+    (gumbel_vae, dict(objective="capacity", beta=30.0)),
+    (gumbel_vae, dict(objective="clustering", beta=2.0, tau=2.0, gamma=3.0, read_weight=7.0))])
+def test_training_agrees_with_steps_by_hand(script, options, data):
+    model, nelbo = MODELS[script](h_dim=32, z_dim=5), []
     twin = copy.deepcopy(model)
     torch.manual_seed(1)
     history = script.train(model, data, epochs=4, batch_size=128, lr=0.01, **options)
-    # The 4 epochs of 3 batches are 12 steps, of which 3 are a quarter and 6 are half.
     torch.manual_seed(1)  # the same batches and noise
     optimizer = torch.optim.Adam(twin.parameters())
-    for epoch, metrics in enumerate(history):
-        nelbo_train = 0
-        for step, batch in enumerate(torch.randperm(300).split(128), start=3 * epoch):
-            climb, progress = min(1, (step + 1) / 3), min(1, step / 6)
-            optimizer.param_groups[0]["lr"] = 0.01 * min(climb, (12 - step) / 9)
-            x, y = data.x_train[batch], data.y_train[batch]
-            nelbo, loss = by_hand(script, twin, x, y, climb, progress, **options)
-            nelbo_train += nelbo.item() * len(x) / 300
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        right = {"nelbo_train": nelbo_train, **script.evaluate(twin, data)}
-        found = {name: metrics[name] for name in right}
-        assert found == pytest.approx(right, rel=1e-4, abs=1e-5), (
-            "by_hand must draw its random numbers in the same order as train. If train is right "
-            "and only draws them in another order, change by_hand to match.")
+    batches = (batch for epoch in range(4) for batch in torch.randperm(300).split(128))
+    for step, batch in enumerate(batches):  # 12 steps, of which 3 are a quarter and 6 are half
+        climb, progress = min(1, (step + 1) / 3), min(1, step / 6)
+        optimizer.param_groups[0]["lr"] = 0.01 * min(climb, (12 - step) / 9)
+        x, y = data.x_train[batch], data.y_train[batch]
+        bound, loss = by_hand(script, twin, x, y, climb, progress, **options)
+        nelbo.append(bound.item() * len(x) / 300)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = {"nelbo_train": sum(nelbo[-3:]), **script.evaluate(twin, data)}
+    assert {name: history[-1][name] for name in right} == pytest.approx(right, rel=1e-4), (
+        "by_hand must draw its random numbers in the order of train: if train is right and only "
+        "draws them in another order, change by_hand to match")
 
 
 def test_everything_random_is_on_the_models_device(script, data, monkeypatch):
     """The meta device stands for CUDA: what mixes it with the CPU fails, and so does .item()."""
-    monkeypatch.setattr(torch.optim, "Adam", lambda weights, *given, **options: torch.optim.SGD(
-        weights, 0.1))  # a fused Adam refuses the meta device
+    # A fused Adam refuses the meta device.
+    monkeypatch.setattr(torch.optim, "Adam", lambda weights, *_, **__: torch.optim.SGD(weights))
     with torch.device("meta"):
         model, toy, codes = MODELS[script](), Toy(), torch.zeros(9, 2)
     data = common.Data(*(part.to("meta") for part in data[:4]), "")
@@ -302,14 +281,12 @@ def test_everything_random_is_on_the_models_device(script, data, monkeypatch):
         assert z.is_meta and common.decode_classes(toy, z).is_meta
     with pytest.raises(NotImplementedError, match="copy out of meta"):  # to draw it
         common.plot_manifold(toy, codes)
-    # No mixture can be fitted on the meta device, so the type stands for it.
-    assert common.fit_mixture(torch.rand(500, 2).double(), 1).sample().dtype == torch.float64
 
 
 def test_own_images_may_be_of_another_size_and_without_labels(script):
     x, y = load_digits(return_X_y=True)  # 8x8 pixels
-    y_train, y_test = (y[:200], y[200:220]) if script is cvae else (None, None)
-    data = common.make_data(x[:200] / 16, y_train, x[200:220] / 16, y_test)
+    y = y if script is cvae else None
+    data = common.make_data(x / 16, y, x.reshape(-1, 1, 8, 8) / 16, y)
     model = MODELS[script](image_size=64, z_dim=2)  # vae.py draws its manifold
     history = script.train(model, data, epochs=1)
     script.make_figures(model, data, script.fit_prior(model, data), history)
@@ -332,34 +309,32 @@ def test_train_refuses_before_a_step(script, change, options, message, data):
 @pytest.fixture
 def unsure(script, data):
     """A model whose sigma is not 1, whose c is unsure, and whose pictures depend on y or c."""
-    model = MODELS[script]()
-    with torch.no_grad():
-        model.to_log_var.bias.fill_(-2)
-        model.from_latent.weight[:, 20:].mul_(20)  # the weights of y or c; vae.py has none
-        if script is gumbel_vae:
-            model.to_cluster_logits.weight.mul_(10)
+    model = MODELS[script]().requires_grad_(False)
+    model.to_log_var.bias.fill_(-2)
+    model.from_latent.weight[:, 20:].mul_(20)  # the weights of y or c; vae.py has none
+    if script is gumbel_vae:
+        model.to_cluster_logits.weight.mul_(10)
     # Ten draws for each image make the means more precise.
-    data = data._replace(x_test=data.x_test.repeat(10, 1), y_test=data.y_test.repeat(10))
-    return model, data
+    return model, data._replace(x_test=data.x_test.repeat(10, 1), y_test=data.y_test.repeat(10))
 
 
-@torch.no_grad()
 def test_evaluate_agrees_with_forward(script, unsure):
     model, data = unsure
     x, y = data.x_test, data.y_test
     x_reconst, mu, log_var, *log_q = model(x, one_hot(y)) if script is cvae else model(x)
     metrics = script.evaluate(model, data)
-    recon = F.binary_cross_entropy(x_reconst, x, reduction="sum") / len(x)
-    bound = {"recon": recon.item(), "kl": script.gaussian_kl(mu, log_var).item()}
+    recon = F.binary_cross_entropy(x_reconst, x, reduction="sum").item() / len(x)
+    right = {"recon": recon, "kl": script.gaussian_kl(mu, log_var).item()}
     if script is gumbel_vae:
-        bound["kl_c"] = gumbel_vae.categorical_kl(*log_q).item()
-    assert {name: metrics[name] for name in bound} == pytest.approx(bound, rel=3e-3)
-    assert metrics["nelbo"] == pytest.approx(sum(metrics[name] for name in bound))
+        q = D.Categorical(logits=log_q[0])
+        right["kl_c"] = gumbel_vae.categorical_kl(log_q[0]).item()
+        information = D.kl_divergence(q, D.Categorical(q.probs.mean(0))).mean()
+        assert metrics["i_c"] == pytest.approx(information.item(), abs=1e-3)
+    right["nelbo"] = sum(right.values())
+    assert {name: metrics[name] for name in right} == pytest.approx(right, rel=3e-3)
     assert script.evaluate(model, data) == metrics  # so that epochs can be compared
-    assert abs(x_reconst.mean() - 0.13) < 0.05  # training starts from the mean pixel of MNIST
 
 
-@torch.no_grad()
 def test_a_fitted_prior_replaces_the_normal_one(script, unsure):
     model, data = unsure
     x, y = data.x_test, data.y_test
@@ -367,23 +342,12 @@ def test_a_fitted_prior_replaces_the_normal_one(script, unsure):
     metrics = script.evaluate(model, data, priors[0] if script is vae else priors)
     mu, log_var = model.encode(x)
     z = D.Normal(mu, torch.exp(log_var / 2)).sample()
-    classes = classes_of(script, model, x, y)
-    log_r = D.Normal(classes[:, None] / 10, 1.5).log_prob(z).sum(1)
+    c = D.Categorical(logits=model.cluster(x)).sample() if script is gumbel_vae else y
+    mean = 0.0 * y if script is vae else c / 10
+    log_r = D.Normal(mean[:, None], 1.5).log_prob(z).sum(1)
     log_p = D.Normal(0.0, 1.0).log_prob(z).sum(1)
     gain = metrics["nelbo"] - metrics["nelbo_fitted"]
     assert gain == pytest.approx((log_r - log_p).mean().item(), rel=0.02)
-
-
-@pytest.mark.parametrize("script", [gumbel_vae])
-@torch.no_grad()
-def test_evaluate_rates_the_clusters(script, unsure):
-    model, data = unsure
-    metrics = script.evaluate(model, data)
-    q = D.Categorical(logits=model.cluster(data.x_test))
-    information = D.kl_divergence(q, D.Categorical(q.probs.mean(0))).mean().item()
-    assert metrics["i_c"] == pytest.approx(information, abs=1e-3)
-    scores = script.score(data.y_test, q.probs.argmax(1))
-    assert {name: metrics[name] for name in scores} == scores
 
 
 # After training
@@ -421,27 +385,16 @@ def tones(figure):
     return torch.tensor(figure.axes[0].images[0].get_array())[::28, ::28]
 
 
-def test_a_mixture_keeps_the_covariances_of_the_codes():
-    z = torch.randn(4000, 20, requires_grad=True) @ (torch.eye(20) + 0.2)  # correlated
-    drawn = common.fit_mixture(z, 1).sample((4000,))
-    assert abs(drawn.T.cov() - z.T.cov()).max() < 0.15 * z.var(0).max()
+def test_a_mixture_fits_codes_in_many_spots():
+    spot = torch.arange(12000) // 80  # 80 codes in each of 150 spots
+    place = 15.0 * torch.stack([spot % 10, spot // 10], 1).double()
+    truth = D.MultivariateNormal(place, torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double())
+    prior, z = common.fit_mixture(truth.sample(), 150), truth.sample()
+    assert truth.log_prob(z).mean() - math.log(150) - prior.log_prob(z).mean() < 0.1
+    assert prior.sample().dtype == z.dtype  # and so the device is that of z, too
 
 
-@pytest.mark.parametrize("script, spots, classes", [
-    (vae, 150, 1), (cvae, 10, 10), (gumbel_vae, 10, 10)])
-def test_the_prior_of_each_class_fits_codes_in_many_spots(script, spots, classes):
-    spot = torch.arange(80 * spots * classes) // 80  # 80 codes in each
-    k = spot // spots
-    place = 15.0 * torch.stack([spot % 10, spot // 10], 1)  # far apart, as sigma is 1
-    x = torch.cat([place, k[:, None] / 10], 1)
-    priors = script.fit_prior(Toy(), common.Data(x, k, None, None, ""))
-    for c, prior in enumerate([priors] if script is vae else priors):
-        z = place[k == c] + torch.randn_like(place[k == c])
-        truth = D.Normal(place[k == c], 1.0).log_prob(z).sum(1).mean() - math.log(spots)
-        assert truth - prior.log_prob(z).mean() < 0.5
-
-
-@with_classes
+@pytest.mark.parametrize("script", [cvae, gumbel_vae])
 def test_a_class_without_images_stops_nothing(script, data):
     model = MODELS[script](n_classes=12)
     data.y_train[0], data.y_test[0] = 10, 11  # class 10 has one training image, 11 one test image
@@ -474,11 +427,6 @@ def test_x_stands_above_x_reconst(script, figures):
     assert_close(tones(made["reconstruction"]), torch.stack([x[:12, 0], tone(x[:12, :2], k)]))
 
 
-def rows(figure):
-    """The labels of a figure's rows, with their places."""
-    return [(tick.get_text(), tick.get_position()[1]) for tick in figure.axes[0].get_yticklabels()]
-
-
 def test_generation_shows_codes_from_the_normal_prior(script, figures):
     """In a row, z varies as N(0, I) does, and the tones with it."""
     figure = figures[0]["generation"]
@@ -489,7 +437,8 @@ def test_generation_shows_codes_from_the_normal_prior(script, figures):
     assert not seen.equal(tones(common.plot_conditional_generation(Toy())))  # each call draws anew
     if script is not vae:
         assert_close(seen, seen[0] + 0.03 * torch.arange(10)[:, None])  # a column shares its z
-        assert rows(figure) == [(f"{'y' if script is cvae else 'c'} = {k}", k + 0.5) for k in range(10)]
+        labels = [label.get_text()[4:] for label in figure.axes[0].get_yticklabels()]  # y = 0, ...
+        assert labels == list("0123456789")
 
 
 def test_fitted_shows_codes_from_the_fitted_prior(script, figures):
@@ -503,7 +452,7 @@ def test_fitted_shows_codes_from_the_fitted_prior(script, figures):
     assert seen[0].std() > 1e-4
 
 
-@with_classes
+@pytest.mark.parametrize("script", [cvae, gumbel_vae])
 def test_handwriting_moves_a_code_to_every_class(script, figures):
     """A mu that is two deviations from the mean of its class is so in each class."""
     made, x, y = figures
@@ -528,23 +477,14 @@ def test_without_priors_handwriting_shows_a_code_as_it_is():
 def test_the_manifold_maps_the_plane_of_z_and_the_codes(script, figures):
     """Left: images decoded over the plane, z[0] to the right, z[1] up. Right: codes of images."""
     made, x, y = figures
-    left, right = made["manifold"].axes[:2]
     middle = D.Normal(0.0, 1.0).icdf(torch.arange(10) / 10 + 0.05)
     z = torch.stack(torch.meshgrid(middle, middle.flip(0), indexing="xy"), 2)  # (10, 10, 2)
     assert_close(tones(made["manifold"]), tone(z))
-    dots = right.collections[0]
+    dots = made["manifold"].axes[1].collections[0]
     codes = D.Normal(0.0, 1.0).icdf(torch.tensor(dots.get_offsets().data).clamp(1e-6, 1 - 1e-6))
     noise = codes - x[:, :2]
     assert abs(noise.T @ noise / len(noise) - torch.eye(2)).max() < 0.4  # each code is one sample
     assert dots.get_array().tolist() == y.tolist()
-    for axes in left, right:
-        assert (axes.get_xlabel()[:4], axes.get_ylabel()[:4]) == ("z[0]", "z[1]")
-
-
-def test_the_curves_show_both_losses_of_each_epoch(script, figures):
-    axes = figures[0]["loss"].axes[0]
-    curves = [(line.get_label(), *line.get_xydata().flat) for line in axes.lines]
-    assert curves == [("training images", 1, 9, 2, 8), ("test images", 1, 7, 2, 6)]
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -553,52 +493,25 @@ def test_fix_number_chooses_the_class(k):
     assert_close(seen, torch.full((1, 4), tone(torch.zeros(2), k)), atol=0.003, rtol=0)
 
 
-def test_a_model_may_lack_z_dim_and_n_classes():
-    model = Toy()
-    del model.z_dim, model.n_classes
-    z = common.draw_codes(model, 500)
-    assert z.shape == (500, 20)
-    assert (z.mean(), z.std()) == pytest.approx((0, 1), abs=0.1)
-    assert tones(common.plot_conditional_generation(model, n=4)).shape == (10, 4)
-
-
 def test_show_draws_dark_ink_in_rows_of_square_images():
-    figure = common.show(np.arange(9.0).repeat(784).reshape(9, 784) / 8, columns=4)
+    x = np.arange(9.0).repeat(784).reshape(9, 784) / 8
+    figure = common.show(x, columns=4)
     image = figure.axes[0].images[0]
-    assert tones(figure).flatten()[:9].tolist() == [k / 8 for k in range(9)]
-    assert image.get_extent() == [0, 4, 3, 0]  # three rows of four
+    assert tones(figure).tolist() == [[0, 1/8, 2/8, 3/8], [4/8, 5/8, 6/8, 7/8], [1, 0, 0, 0]]
     shades = image.to_rgba(np.array([[0.0, 0.5, 1.0]]))[0, :, 0]
     assert shades == pytest.approx([1, 0.5, 0], abs=0.01)  # of paper, grey and ink
-
-
-@pytest.mark.parametrize("images, message", [
-    (torch.rand(2, 60), "square images"), (torch.rand(0, 784), "square images"),
-    (torch.full((2, 28, 28), 255, dtype=torch.uint8), "from 255 to 255"),
-    (torch.full((2, 784), math.nan), "values from 0 to 1")])
-def test_show_refuses_what_is_not_a_batch_of_images(images, message):
-    with pytest.raises(ValueError, match=message):
-        common.show(images)
+    with pytest.raises(ValueError, match="from 0 to 255"):
+        common.show(255 * x)
 
 
 # The data
 
-@pytest.mark.parametrize("change", [
-    lambda x: x.view(4, 28, 28).numpy(), lambda x: x.view(4, 1, 28, 28).double(),
-    lambda x: x.tolist(), lambda x: (255 * x).byte()])
-def test_make_data_takes_images_of_any_layout_and_type(change):
-    x, y = torch.arange(4.0)[:, None].repeat(1, 784) / 255, torch.tensor([0, 2, 1, 3])
-    data = common.make_data(change(x), y.tolist(), change(x), None)
-    assert_close(data[:4], (x, y, x, None))
-
-
 @pytest.mark.parametrize("change, message", [
     (dict(x_train=255 * torch.rand(4, 4)), "floats from 0 to 1"),
-    (dict(x_test=torch.full((4, 4), math.nan)), "x_test must be .* from nan to nan"),
     (dict(x_train=torch.ones(4, 4, dtype=torch.uint8)), "images of only 0 and 1 must be floats"),
     (dict(x_test=None, y_test=None), "both training and test images are needed"),
     (dict(x_test=torch.rand(4, 9)), "the same size"),
-    (dict(y_test=torch.arange(3)), "y_test must hold"),
-    (dict(y_test=torch.arange(4) - 1), "y_test must hold one integer >= 0")])
+    (dict(y_test=torch.arange(3)), "y_test must hold one integer >= 0")])
 def test_make_data_says_what_is_wrong(change, message):
     good = dict(x_train=[[0.5] * 4], y_train=None, x_test=torch.rand(4, 2, 2), y_test=[0, 1, 2, 3])
     common.make_data(**good)
@@ -606,23 +519,21 @@ def test_make_data_says_what_is_wrong(change, message):
         common.make_data(**{**good, **change})
 
 
-def test_make_data_copies_and_warns_of_white_paper(data, capsys):
-    common.make_data(*data).x_train.zero_()
-    assert data.x_train.any() and capsys.readouterr().out == ""
+def test_make_data_warns_of_white_paper(data, capsys):
+    common.make_data(*data)
+    assert capsys.readouterr().out == ""
     common.make_data(1 - data.x_train, None, data.x_test, None)
     assert "is paper 0, and ink 1?" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [TimeoutError(), RuntimeError("no network")])
-def test_without_a_download_the_bundled_digits_are_read(error, data, monkeypatch, capsys):
-    monkeypatch.setattr(MNIST, "download", Mock(side_effect=error))
-    archive = Path("new/MNIST/raw/train-images-idx3-ubyte.gz")  # cut off, so to be downloaded
-    archive.parent.mkdir(parents=True)
-    archive.write_bytes(gzip.compress(bytes(10**5))[:-9])
-    bundled = common.load_mnist("new")
-    assert "WARNING" in capsys.readouterr().out and "NOT MNIST" in bundled.source
-    for written, read in zip(data[:4], bundled):
-        assert_close(written, read[:300], atol=0.002, rtol=0)  # rounded to bytes
+def test_without_a_download_the_bundled_digits_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(MNIST, "mirrors", [])  # no network
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(9999))[:-9])  # cut off
+    data = common.load_mnist(tmp_path)
+    assert "WARNING" in capsys.readouterr().out and "NOT MNIST" in data.source
+    assert (len(data.x_train), len(data.x_test)) == (14980, 299)
 
 
 def test_a_users_own_archives_are_used_and_kept(script, tmp_path, monkeypatch):
@@ -672,9 +583,7 @@ def trained(script, runs):
 
 def test_a_run_says_what_it_does_and_leaves_its_files(script, runs, trained):
     (folder, printed), name = runs, script.__name__
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert printed[script].startswith("MNIST: 14,980 training and 299 test images, on "
-                                      f"{device}; minimising ")
+    assert printed[script].startswith("MNIST: 14,980 training and 299 test images, on ")
     epochs = re.findall(r"\nepoch +(\d) .* nelbo ([\d.]+)", printed[script])
     assert [epoch for epoch, nelbo in epochs] == ["1", "2", "3"]
     assert float(epochs[0][1]) > float(epochs[2][1]) == trained[2]["nelbo"]
@@ -684,27 +593,22 @@ def test_a_run_says_what_it_does_and_leaves_its_files(script, runs, trained):
     assert {file.name for file in files} == {f"{name}.pt", *(f"{name}_{p}.png" for p in pictures)}
     assert files == {folder / path for path in re.findall("wrote (.*)", printed[script])}
     for picture in files - {folder / name / "a" / f"{name}.pt"}:
-        assert plt.imread(picture)[..., :3].std() > 0.05, f"{picture} is blank"
+        assert plt.imread(picture)[..., :3].std() > 0.1, f"{picture} is blank"
 
 
 def test_a_run_learns(script, trained):
     data, model, scores = trained
-    mean = data.x_train.mean(0).logit(eps=1e-3).expand_as(data.x_test)
-    # 20 nats better than if the mean image were drawn for every image:
-    assert scores["nelbo_fitted"] < scores["nelbo"] < script.reconstruction(mean, data.x_test) - 20
-    assert script.evaluate(model, data)["nelbo"] == pytest.approx(scores["nelbo"], abs=0.01)
-
-
-@pytest.mark.parametrize("script", [gumbel_vae])
-def test_a_run_finds_the_digits(script, trained):
-    assert trained[2]["acc"] > 0.65
+    mean_image = data.x_train.mean(0).logit(eps=1e-3).expand_as(data.x_test)
+    bound = script.reconstruction(mean_image, data.x_test)  # if it were drawn for every image
+    assert scores["nelbo_fitted"] < scores["nelbo"] < bound - 20
+    assert scores.get("acc", 1) > 0.65  # gumbel_vae.py finds the digits
 
 
 @pytest.mark.parametrize("script, least, least_fitted", [
     (cvae, 0.8, 0.95), (gumbel_vae, 0.6, 0.6)])
 def test_a_run_draws_the_digits_asked_for(script, least, least_fitted, trained):
     data, model, scores = trained
-    classes = classes_of(script, model, data.x_train, data.y_train)
+    classes = data.y_train if script is cvae else model.cluster(data.x_train).argmax(1)
     digit = torch.stack([data.y_train[classes == k].bincount(minlength=10).argmax()
                          for k in range(10)])
     assert len(set(digit.tolist())) > 7
@@ -723,70 +627,59 @@ def test_the_same_seed_gives_the_same_run(script, data, monkeypatch):
 
 
 def test_the_defaults_are_those_of_the_readme(script, monkeypatch):
-    defaults = DEFAULTS[script]
-    assert defaults.items() <= vars(script.options().parse_args([])).items()
-    train = inspect.signature(script.train).parameters
-    assert all(train[name].default == defaults[name] for name in [*train][2:])
+    assert DEFAULTS[script].items() <= vars(script.options().parse_args([])).items()
+    for function in script.train, script.fit_prior:
+        for name, option in [*inspect.signature(function).parameters.items()][2:]:
+            assert option.default == DEFAULTS[script].get(name, 150 if script is vae else 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert script.options().parse_args([]).device == "cuda"
 
 
-@pytest.fixture
-def passed(script, monkeypatch):
-    """The arguments that main passes to train, by name; train itself is replaced by a stub."""
-    signature, passed = inspect.signature(script.train), {}
-    monkeypatch.setattr(script, "train", lambda *args, **options: passed.update(
-        signature.bind(*args, **options).arguments))
-    return passed
-
-
-def test_each_option_reaches_the_training(script, data, passed, monkeypatch):
-    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=OSError("stop")))
+def test_each_option_reaches_the_training(script, data, monkeypatch):
+    train, signature = Mock(side_effect=OSError("stop")), inspect.signature(script.train)
+    monkeypatch.setattr(script, "train", train)
     # Each is changed by a different amount, so that swapped options are noticed.
     changed = {name: "capacity" if name == "objective" else value + i
                for i, (name, value) in enumerate(DEFAULTS[script].items(), start=1)}
     with pytest.raises(SystemExit, match="stop"):
         start(script, *(f"--{name.replace('_', '-')}={value}" for name, value in changed.items()))
+    passed = signature.bind(*train.call_args.args, **train.call_args.kwargs).arguments
     found = {**vars(passed["model"]), **passed}  # z_dim and n_classes are the model's
     assert {name: found[name] for name in changed} == changed
 
 
 @pytest.mark.parametrize("fault, ends, message", [
     (OSError("full"), SystemExit, "full"), (KeyError("a learner's"), KeyError, "a learner's")])
-def test_later_faults_cost_no_weights(fault, ends, message, script, data, passed, monkeypatch):
+def test_later_faults_cost_no_weights(fault, ends, message, script, data, monkeypatch):
     monkeypatch.setattr(script, "fit_prior", Mock(side_effect=fault))
     for home in "HOME", "USERPROFILE":  # the second on Windows
         monkeypatch.setenv(home, os.getcwd())
     with pytest.raises(ends, match=message):
         start(script, "--data=~/data", "--out=~/runs")
-    assert passed["data"].source == "MNIST"
-    assert_close(torch.load(f"runs/{script.__name__}.pt"), dict(passed["model"].cpu().state_dict()))
+    weights = script.fit_prior.call_args.args[0].cpu().state_dict()
+    assert_close(torch.load(f"runs/{script.__name__}.pt"), dict(weights))
 
 
 def test_old_weights_survive_a_full_disk(tmp_path, monkeypatch):
-    def write_half(path, content):
-        with open(path, "wb") as file:
-            file.write(content[:99])
+    write, path = Path.write_bytes, tmp_path / "vae.pt"
+    def write_half(self, content):
+        write(self, content[:99])
         raise OSError("full disk")
-    common.save({"bias": torch.ones(2)}, tmp_path / "vae.pt")
+    common.save({"bias": torch.ones(2)}, path)
     monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(OSError, match="full disk"):
-        common.save({"bias": torch.zeros(2)}, tmp_path / "vae.pt")
-    assert_close(torch.load(tmp_path / "vae.pt"), {"bias": torch.ones(2)})
-    with pytest.raises(NotImplementedError):  # it is moved to the CPU, so that it loads anywhere
-        common.save({"bias": torch.ones(2, device="meta")}, tmp_path / "vae.pt")
+        common.save({"bias": torch.zeros(2)}, path)
+    assert_close(torch.load(path), {"bias": torch.ones(2)})
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--epochs 0", "'0' is not an integer >= 1"), ("--z-dim 1.5", "'1.5' is not an integer >= 1"),
-    ("--lr nan", "'nan' is not a number > 0"), ("--tau 0", "'0' is not a number > 0"),
-    ("--beta -1", "'-1' is not a number >= 0"), ("--gamma inf", "'inf' is not a number >= 0"),
+    ("--epochs 0", "'0' is not an integer >= 1"), ("--z-dim x", "'x' is not an integer >= 1"),
+    ("--lr nan", "'nan' is not a number > 0"), ("--beta -1", "'-1' is not a number >= 0"),
     ("--betta 1", "unrecognized arguments: --betta 1")])
 def test_bad_options_are_refused(arguments, message, data, capsys):
     with pytest.raises(SystemExit, match="2"):
         start(gumbel_vae, *arguments.split())
     assert message in capsys.readouterr().err.splitlines()[-1]
-    assert os.listdir() == ["data"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -803,14 +696,11 @@ def test_faults_end_in_one_line_and_leave_no_file(arguments, message, script, da
 
 
 @pytest.mark.parametrize("script, argv", [
-    (vae, ["/env/ipykernel_launcher.py", "-f", "kernel.json"]),
-    (cvae, ["/env/colab_kernel_launcher.py", "-f", "kernel.json"]),
-    (gumbel_vae, ["/env/ipykernel_launcher.py", "-f", "kernel.json"]),
-    (vae, ["vae.py", "--epochs=1"])])  # as %run does
-def test_a_pasted_script_trains(script, argv, data, monkeypatch, capsys):
+    (vae, ["ipykernel_launcher.py", "-f", "kernel.json"]),
+    (cvae, ["colab_kernel_launcher.py", "-f", "kernel.json"]),
+    (gumbel_vae, ["gumbel_vae.py", "--epochs=1"])])  # as %run does
+def test_a_script_trains_in_a_notebook(script, argv, data, monkeypatch):
     source = Path(script.__file__).read_text(encoding="utf-8")
-    exec(source, {"__name__": script.__name__})
-    assert (*capsys.readouterr(), os.listdir()) == ("", "", ["data"])
     old = Path(f"samples/{script.__name__}_of_mine.png")
     old.parent.mkdir()
     old.touch()
