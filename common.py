@@ -121,16 +121,15 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
 
 
 @torch.no_grad()
-def plot_handwriting(model, x, prior=None, classes=None,
-                     title="input, then its mu decoded in every class"):
+def plot_handwriting(model, x, prior=None, classes=None, title="input, then its mu in each class"):
     """Shows one row per image of x (N, 784): the image, then its mu decoded in each class.
 
-    Given a list of priors, one per class, and the classes (N,) of x, mu moves first: from its place
-    among the codes of its own class to the same place, in standard deviations, among the codes of
-    the class that it is decoded in. After Kingma et al. 2014, figure 1.
+    With a list of priors and the classes (N,) of x, mu is moved first: from its place among the
+    codes of its own class to the same place, in standard deviations, among those of each class.
+    Raises ValueError if only one of them is given. After Kingma et al. 2014, figure 1.
     """
     if (prior is None) != (classes is None):
-        raise ValueError("to move mu, plot_handwriting needs both a list of priors and the classes")
+        raise ValueError("to move mu, plot_handwriting needs a list of priors and the classes of x")
     z = model.encode(x)[0]  # (N, z_dim)
     if prior is not None:
         mean = torch.stack([r.mean for r in prior])  # (n_classes, z_dim)
@@ -185,7 +184,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     tensors = []
     for part, x, y in ("train", x_train, y_train), ("test", x_test, y_test):
         if x is None:
-            raise ValueError(f"x_{part} is missing: both training and test images are needed")
+            raise ValueError(f"x_{part} is None, but both training and test images are needed")
         x = np.asarray(x)
         image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
@@ -205,7 +204,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     if tensors[0].shape[1] != tensors[2].shape[1]:
         raise ValueError("the images of x_train and x_test must have the same size")
     if tensors[0].mean() > 0.5:
-        print("WARNING: the mean of x_train is above a half: is paper 0, and ink 1?")
+        print("WARNING: the mean of x_train is above a half; is paper 0 and ink 1?")
     return Data(*tensors, source)
 
 
@@ -227,7 +226,7 @@ def load_mnist(root="data", device="cpu"):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
-        for archive in folder.glob("*-ubyte.gz"):  # one of a user's own would be overwritten
+        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite a user's own
             if not archive.with_suffix("").exists():
                 with suppress(EOFError, gzip.BadGzipFile):  # a cut-off one is downloaded again
                     archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
@@ -270,8 +269,7 @@ def fit_mixture(z, n_components):
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)
-    # With tol=1.0, EM takes about two steps after k-means. reg_covar is added to the variances, and
-    # keeps float32 stable at any scale.
+    # With tol=1.0, EM takes about two steps after k-means. reg_covar keeps float32 stable.
     fit = GaussianMixture(n_components, tol=1.0, reg_covar=1e-5 * z.var().item(), random_state=0)
     fit.fit(z.detach().cpu().numpy())
     weights, means, covariances = (
