@@ -9,9 +9,10 @@ import argparse
 import gzip
 import io
 import math
-import os
 import socket
 import sys
+import tempfile
+import zlib
 from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
@@ -58,7 +59,7 @@ def tile(images, columns):
 def show(images, title="", columns=8, row_labels=(), size=0.6):
     """Shows images (N, 784) in rows of `columns`, each image `size` inches wide.
 
-    In a loop or a function, a notebook needs display(common.show(x)).
+    In a loop or a function of a notebook, write display(common.show(x)).
     """
     grid = tile(images, columns)
     columns = min(columns, len(images))
@@ -122,11 +123,11 @@ def plot_conditional_generation(model, n=8, fix_number=None, prior=None, title="
 
 @torch.no_grad()
 def plot_handwriting(model, x, prior=None, classes=None, title="input, then its mu in each class"):
-    """Shows one row per image of x (N, 784): the image, then its mu decoded in each class.
+    """Shows each image of x (N, 784), then its mu decoded in each class, as Kingma et al. 2014 do.
 
     With a list of priors and the classes (N,) of x, mu is moved first: from its place among the
     codes of its own class to the same place, in standard deviations, among those of each class.
-    Raises ValueError if only one of them is given. After Kingma et al. 2014, figure 1.
+    Raises ValueError if only one of them is given.
     """
     if (prior is None) != (classes is None):
         raise ValueError("to move mu, plot_handwriting needs a list of priors and the classes of x")
@@ -176,7 +177,7 @@ def plot_curves(history):
 # The data
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
-    """Makes Data of arrays, tensors or lists: square images (N, H*H), (N, H, H) or (N, 1, H, H).
+    """Makes Data of arrays, CPU tensors or lists: images (N, H*H), (N, H, H) or (N, 1, H, H).
 
     Images are integers from 0, paper, to 255, ink, or floats from 0 to 1, and are copied. Labels
     are (N,) or None. A ValueError says what is wrong.
@@ -227,8 +228,8 @@ def load_mnist(root="data", device="cpu"):
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
         for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite a user's own
-            if not archive.with_suffix("").exists():
-                with suppress(EOFError, gzip.BadGzipFile):  # a cut-off one is downloaded again
+            if archive.stat().st_size and not archive.with_suffix("").exists():
+                with suppress(EOFError, zlib.error, gzip.BadGzipFile):  # if damaged, download it
                     archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
         train, test = (MNIST(root, train, download=True) for train in (True, False))
         data = make_data(train.data, train.targets, test.data, test.targets, "MNIST")
@@ -245,7 +246,7 @@ def load_mnist(root="data", device="cpu"):
 
 
 def bundled_digits():
-    """Returns scikit-learn's 1,797 8x8 digits, framed like MNIST's, as arguments of make_data."""
+    """Returns scikit-learn's 8x8 digits, framed like MNIST's, as arguments of make_data."""
     x, y = load_digits(return_X_y=True)
     x = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     x = F.pad(F.interpolate(x, size=20, mode="bilinear"), (4, 4, 4, 4)).flatten(1)  # (1797, 784)
@@ -265,7 +266,7 @@ def fit_mixture(z, n_components):
     n, z_dim = z.shape
     enough = n // (20 * z_dim)
     if enough < n_components:
-        print(f"{n} codes are too few to fit {n_components} Gaussians: fitting {enough}")
+        print(f"{n} codes are too few to fit {n_components} Gaussians, so {enough} are fitted")
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)
@@ -282,7 +283,7 @@ def fit_mixture(z, n_components):
 # The plumbing
 
 def number(kind, least, allowed):
-    """Returns an argparse type: a finite number, `least` or more; its errors call it `allowed`."""
+    """Returns an argparse type, a finite number >= `least`, which its errors call `allowed`."""
     def parse(text):
         with suppress(ValueError):
             if least <= kind(text) < math.inf:  # this is false for nan, too
@@ -297,12 +298,11 @@ nonnegative_float = number(float, 0, "a number >= 0")
 
 
 def results_folder(path):
-    """Returns the folder of this path, made if missing; raises OSError if it is not writable."""
+    """Makes this folder if it is missing, and returns it; raises OSError if it is not writable."""
     folder = Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # checked before the training, not after it
-        raise OSError(f"the folder {folder} cannot be written to; give another one with --out")
-    return folder
+    with tempfile.TemporaryFile(dir=folder):  # raises OSError before the training, not after it
+        return folder
 
 
 def check_finite(loss):
@@ -313,7 +313,7 @@ def check_finite(loss):
 
 def save(state_dict, path):
     """Saves weights that load on any device; an older file stays until the new one is complete."""
-    content = io.BytesIO()  # on a full disk, torch.save to a path raises no OSError
+    content = io.BytesIO()  # on a full disk, torch.save to a path raises a RuntimeError
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, content)
     part = Path(f"{path}.part")
     part.write_bytes(content.getvalue())
@@ -322,7 +322,7 @@ def save(state_dict, path):
 
 
 def run(main):
-    """Calls main with the command line's arguments; a file error or divergence ends in one line."""
+    """Calls main, in a shell or a notebook; a file error or divergence ends in one line."""
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # under a notebook's %run it is not

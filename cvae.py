@@ -53,11 +53,11 @@ class CVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, y], dim=1))))
 
     def decode(self, z, y):
-        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns the probabilities (N, 784) of these logits, which are the picture."""
         return torch.sigmoid(self.logits(z, y))
 
     def forward(self, x, y):
-        """Returns x_reconst (N, 784), decoded from one sampled z per image, mu and log_var."""
+        """Returns x_reconst (N, 784), mu and log_var; one sampled z per image is decoded."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var), y), mu, log_var
 
@@ -120,7 +120,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None):
-    """Scores test images in nats per image, from one z each; FloatingPointError if not finite."""
+    """Scores test images with one z each, in nats; raises FloatingPointError if not finite."""
     model.eval()
     y = common.one_hot(data.y_test, model.n_classes)  # (N, n_classes)
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
@@ -174,7 +174,7 @@ def options():
     add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
     add("--batch-size", type=common.positive_int, default=128, help="images per step")
     add("--lr", type=common.positive_float, default=8e-3, help="peak learning rate")
-    add("--beta", type=common.nonnegative_float, default=10.0, help="weight of KL; 1 gives ELBO")
+    add("--beta", type=common.nonnegative_float, default=10.0, help="weight of the KL")
     add("--z-dim", type=common.positive_int, default=20, help="dimensions of z")
     add("--seed", type=int, default=0, help="random seed")
     add("--device", choices=devices, default=devices[0], help="device to run on")

@@ -67,11 +67,11 @@ class GumbelVAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(torch.cat([z, c], dim=1))))
 
     def decode(self, z, c):
-        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns the probabilities (N, 784) of these logits, which are the picture."""
         return torch.sigmoid(self.logits(z, c))
 
     def forward(self, x, *, tau=0.5):
-        """Returns x_reconst (N, 784), from one sampled z and c each, mu, log_var, log q(c|x)."""
+        """Returns x_reconst (N, 784), mu, log_var, log q(c|x); one sampled z and c are decoded."""
         mu, log_var = self.encode(x)
         log_q = self.cluster(x)
         c = F.gumbel_softmax(log_q, tau, hard=True)  # (N, n_classes): one-hot, with a gradient
@@ -286,7 +286,7 @@ def options():
         help="weight of KL(z); with capacity, weight of both pulls (use 30)")
     add("--objective", choices=["elbo", "capacity", "clustering"], default="clustering",
         help="which loss to minimise: see the top of the file")
-    add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of the clustering")
+    add("--gamma", type=common.nonnegative_float, default=400.0, help="weight of clustering")
     add("--read-weight", type=common.nonnegative_float, default=15.0, help="weight of reading back")
     add("--tau", type=common.positive_float, default=0.5, help="temperature of the Gumbel-softmax")
     add("--n-classes", type=common.positive_int, default=10, help="number of clusters")

@@ -50,11 +50,11 @@ class VAE(nn.Module):
         return self.to_logits(F.relu(self.from_latent(z)))
 
     def decode(self, z):
-        """Returns pixels as probabilities (N, 784) instead of logits: the picture."""
+        """Returns the probabilities (N, 784) of these logits, which are the picture."""
         return torch.sigmoid(self.logits(z))
 
     def forward(self, x):
-        """Returns x_reconst (N, 784), decoded from one sampled z per image, mu and log_var."""
+        """Returns x_reconst (N, 784), mu and log_var; one sampled z per image is decoded."""
         mu, log_var = self.encode(x)
         return self.decode(reparameterize(mu, log_var)), mu, log_var
 
@@ -111,7 +111,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3):
 
 @torch.no_grad()
 def evaluate(model, data, prior=None):
-    """Scores test images in nats per image, from one z each; FloatingPointError if not finite."""
+    """Scores test images with one z each, in nats; raises FloatingPointError if not finite."""
     model.eval()
     mu, log_var = model.encode(data.x_test)  # (N, z_dim), (N, z_dim)
     generator = torch.Generator("cpu").manual_seed(0)  # the same draws on any device
