@@ -44,13 +44,13 @@ DEFAULTS = {  # of the scores in README.md
 
 @pytest.fixture(params=MODELS, ids=lambda script: script.__name__)
 def script(request):
-    """A test that takes this fixture runs once for each script."""
+    """A test with this fixture runs once for each script."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Each test draws the same numbers whenever it runs."""
+    """Each test draws the same numbers each time."""
     torch.manual_seed(0)
 
 
@@ -83,7 +83,7 @@ def start(script, *arguments):
 
 
 def gaussian(mean, sd=1.0):
-    """A distribution of codes (z_dim,) around a mean."""
+    """A distribution of codes around a mean."""
     return D.Independent(D.Normal(mean, sd), 1)
 
 
