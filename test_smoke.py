@@ -539,7 +539,7 @@ def test_a_users_own_archives_are_used_and_kept(script, tmp_path, monkeypatch):
     """Here they hold 32x32 images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(MNIST, "mirrors", [])  # no network
-    write_mnist(tmp_path, 300, margin=2)
+    write_mnist(tmp_path, 100, margin=2)
     for file in [*Path("MNIST/raw").iterdir()]:
         Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
         file.unlink()
@@ -553,12 +553,13 @@ def test_a_users_own_archives_are_used_and_kept(script, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """Runs all scripts from the command line; returns their folder and what each printed."""
+    """Runs all scripts; returns their folder and what each printed."""
     folder, started = tmp_path_factory.mktemp("runs"), {}
     write_mnist(folder / "data")
-    for script, arguments in (gumbel_vae, []), (vae, []), (cvae, ["--beta=1"]):
-        out = f"--out={script.__name__}/a"  # the script has to make both folders
-        arguments = [script.__file__, "--epochs=3", out, *arguments]
+    options = {gumbel_vae: "--epochs=3", vae: "--epochs=2", cvae: "--epochs=2 --beta=1"}
+    for script in options:
+        out = f"--out={script.__name__}/a"
+        arguments = [script.__file__, out, *options[script].split()]
         started[script] = subprocess.Popen(
             [sys.executable, *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -582,8 +583,8 @@ def test_a_run_says_what_it_does_and_leaves_its_files(script, runs, trained):
     (folder, printed), name = runs, script.__name__
     assert printed[script].startswith("MNIST: 14,980 training and 299 test images, on ")
     epochs = re.findall(r"\nepoch +(\d) .* nelbo ([\d.]+)", printed[script])
-    assert [epoch for epoch, nelbo in epochs] == ["1", "2", "3"]
-    assert float(epochs[0][1]) > float(epochs[2][1]) == trained[2]["nelbo"]
+    assert [epoch for epoch, nelbo in epochs] == ["1", "2", "3"][:2 + (script is gumbel_vae)]
+    assert float(epochs[0][1]) > float(epochs[-1][1]) == trained[2]["nelbo"]
     pictures = {"reconstruction", "generation", "fitted", "loss"}
     pictures |= set() if script is vae else {"handwriting"}
     files = {*(folder / name / "a").iterdir()}
