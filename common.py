@@ -143,7 +143,7 @@ def plot_handwriting(model, x, prior=None, classes=None, title="input, then its 
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """Shows images decoded over the plane of z, and codes (N, 2) on it; its axes are quantiles."""
+    """Shows images decoded over the plane of z, and codes (N, 2) on it, by N(0, 1)'s quantiles."""
     normal = D.Normal(0.0, 1.0)
     ticks = normal.icdf((torch.arange(n) + 0.5) / n)
     z = torch.stack(torch.meshgrid(ticks, ticks.flip(0), indexing="xy"), 2)  # (n, n, 2), by rows
@@ -227,7 +227,7 @@ def load_mnist(root="data", device="cpu"):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
-        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite a user's own
+        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite own archives
             if archive.stat().st_size and not archive.with_suffix("").exists():
                 with suppress(EOFError, zlib.error, gzip.BadGzipFile):  # if damaged, download it
                     archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
@@ -283,7 +283,7 @@ def fit_mixture(z, n_components):
 # The plumbing
 
 def number(kind, least, allowed):
-    """Returns an argparse type, a finite number >= `least`, which its errors call `allowed`."""
+    """Returns an argparse type: finite numbers >= `least`, described as `allowed` in errors."""
     def parse(text):
         with suppress(ValueError):
             if least <= kind(text) < math.inf:  # this is false for nan, too

@@ -102,7 +102,7 @@ def clustering(log_q, log_q_warped):
     """Returns KL(q(c|x) || q(c|Tx)) + 0.1 H(c|x) - 0.5 H(c), in nats. After Hu et al. 2017.
 
     log_q (N, K) is log q(c|x) of images x; log_q_warped (2 N, K) is log q(c|Tx) of two warps Tx of
-    each, in rows i and N + i. The KL is averaged over both, and its gradient goes only to q(c|Tx).
+    each, in rows i and N + i. The KL is a mean over all rows; its gradient goes only to q(c|Tx).
     H(c|x) is the mean entropy of q(c|x), and H(c) the entropy of the mean of q(c|x).
     """
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
@@ -115,9 +115,9 @@ def clustering(log_q, log_q_warped):
 
 
 def read_back(model, z, k):
-    """Returns -log q(k|Tx) where x is drawn from z (N, z_dim) and clusters k (N,).
+    """Returns the mean of -log q(k|Tx), where x is drawn from z (N, z_dim) and k (N,).
 
-    Both the decoder and the reader q learn from it. After Chen et al. 2016, equation 5.
+    Both the decoder and q(c|x) learn from it. After Chen et al. 2016, equation 5.
     """
     drawn = model.decode(z, common.one_hot(k, model.n_classes))  # (N, 784)
     return F.nll_loss(model.cluster(warp(drawn)), k)
@@ -184,7 +184,7 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
             else:
                 log_q_warped = model.cluster(warp(x.repeat(2, 1)))  # (2 B, n_classes)
                 # Take the codes of every eighth image, to save time, and as many from N(0, I).
-                # They are detached, so that reading back trains only the decoder and the reader.
+                # They are detached, so that reading back trains only the decoder and q(c|x).
                 codes = z[::8].detach()
                 codes = torch.cat([codes, torch.randn_like(codes)])
                 k = torch.randint(model.n_classes, (len(codes),), device=x.device)

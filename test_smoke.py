@@ -626,7 +626,7 @@ def test_the_same_seed_gives_the_same_run(script, data, monkeypatch):
     assert one == same != other
 
 
-def test_the_defaults_are_those_of_the_scores(script, monkeypatch):
+def test_the_defaults_stay_as_documented(script, monkeypatch):
     assert DEFAULTS[script].items() <= vars(script.options().parse_args([])).items()
     for function in script.train, script.fit_prior:
         for name, option in [*inspect.signature(function).parameters.items()][2:]:
