@@ -264,8 +264,7 @@ def test_training_agrees_with_steps_by_hand(script, options, data):
     right = {"nelbo_train": sum(nelbo[-3:]), **script.evaluate(twin, data)}
     found = {name: history[-1][name] for name in right}
     assert found == pytest.approx(right, rel=1e-4, abs=1e-5), (
-        "by_hand must draw its random numbers in the order of train: if train is right and only "
-        "draws them in another order, change by_hand to match")
+        "if train is right, but draws random numbers in another order than by_hand, change by_hand")
 
 
 def test_nothing_leaves_the_models_device(script, data, monkeypatch):
