@@ -227,7 +227,7 @@ def load_mnist(root="data", device="cpu"):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
-        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite own archives
+        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite a user's
             if archive.stat().st_size and not archive.with_suffix("").exists():
                 with suppress(EOFError, zlib.error, gzip.BadGzipFile):  # if damaged, download it
                     archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))

@@ -35,7 +35,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 DIGITS = common.bundled_digits()
 
 MODELS = {vae: vae.VAE, cvae: cvae.CVAE, gumbel_vae: gumbel_vae.GumbelVAE}
-DEFAULTS = {  # of the scores in README.md
+DEFAULTS = {  # these gave the scores in README.md
     vae: dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20),
     cvae: dict(epochs=15, batch_size=128, lr=8e-3, z_dim=20, beta=10.0),
     gumbel_vae: dict(epochs=15, batch_size=128, lr=6e-3, z_dim=20, beta=1.0, gamma=400.0,
@@ -126,7 +126,7 @@ def test_reparameterize(script):
     check(abs(noise.mean(0)).max() < 0.1 and abs(noise.T.cov() - torch.eye(15)).max() < 0.15,
           "reparameterize: the noise (z - mu) / sigma, where sigma is exp(log_var / 2), should "
           "have mean 0 and variance 1, and each number of each image needs noise of its own")
-    oracle = mu + torch.exp(log_var / 2) * noise[0].view(3, 5)  # is z, but may have other gradients
+    oracle = mu + torch.exp(log_var / 2) * noise[0].view(3, 5)  # equals z, with the right gradients
     judge("reparameterize", z.sum(), oracle.sum(), (3, 5), mu=mu, log_var=log_var)
 
 
@@ -143,7 +143,7 @@ def test_gaussian_kl(script):
     oracle = D.kl_divergence(D.Normal(mu, sigma), p).sum(1).mean()
     squared = D.kl_divergence(D.Normal(mu, sigma**2), p).sum(1).mean()
     slips = {"right only if sigma is exp(log_var), but it is exp(log_var / 2)": squared,
-             "right only if its sigma is squared": oracle + (sigma - sigma**2).sum() / 14}
+             "what sigma in place of sigma^2 gives": oracle + (sigma - sigma**2).sum() / 14}
     judge("gaussian_kl", script.gaussian_kl(mu, log_var), oracle, mu.shape, slips=slips,
           mu=mu, log_var=log_var)
 
