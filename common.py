@@ -3,7 +3,8 @@
 An image is a row of 784 pixels in [0, 1], where 1 is ink; other square sizes work, too. Functions
 that show something return a matplotlib figure, which a notebook displays if it is the value of a
 cell's last line. A model is any nn.Module whose decode(z), or decode(z, y) with a one-hot y, gives
-images. If it has no attributes z_dim and n_classes, the helpers assume 20 and 10.
+images. If it has no attributes z_dim and n_classes, the helpers assume 20 and 10. If it has dropout
+or batch normalisation, call model.eval() first.
 """
 import argparse
 import gzip
@@ -48,6 +49,8 @@ def image_side(x, name="images"):
 
 def tile(images, columns):
     """Tiles images (N, 784) into one array (rows * 28, columns * 28), or raises ValueError."""
+    if isinstance(images, (list, tuple)):
+        images = torch.stack([torch.as_tensor(image) for image in images])
     images = torch.as_tensor(images).detach().cpu().float()
     side = image_side(images)
     if not -0.01 < images.min() <= images.max() < 1.01:  # rounding lifts warped images above 1
@@ -56,7 +59,7 @@ def tile(images, columns):
     return make_grid(images.reshape(-1, 1, side, side), columns, padding=0)[0].numpy()
 
 
-def show(images, title="", columns=8, row_labels=(), size=0.6):
+def show(images, title="", columns=8, row_labels=(), size=0.6, column_labels=()):
     """Shows images (N, 784) in rows of `columns`, each image `size` inches wide.
 
     In a loop or a function of a notebook, write display(common.show(x)).
@@ -65,12 +68,15 @@ def show(images, title="", columns=8, row_labels=(), size=0.6):
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     width = size * (columns + 1.6 * bool(row_labels))
-    figure, axes = plt.subplots(figsize=(max(4, width), size * rows + 0.3), layout="constrained")
+    height = size * (rows + 0.5 * bool(column_labels)) + 0.3
+    figure, axes = plt.subplots(figsize=(max(4, width), height), layout="compressed")
     extent = 0, columns, rows, 0  # an image is 1 wide and 1 high
-    axes.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    axes.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=extent,
+                origin="upper")
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set(xticks=[], yticks=np.arange(len(row_labels)) + 0.5, yticklabels=row_labels)
-    axes.tick_params(labelsize=32 * size, length=0)
+    axes.set(xticks=np.arange(len(column_labels)) + 0.5, xticklabels=column_labels,
+             yticks=np.arange(len(row_labels)) + 0.5, yticklabels=row_labels)
+    axes.tick_params(labelsize=32 * size, length=0, labeltop=True, labelbottom=False)
     plt.close(figure)  # or a notebook would show it twice
     return figure
 
@@ -97,7 +103,7 @@ def decode_classes(model, z):
     If z is (n_classes, N, z_dim), each class has N codes of its own instead.
     """
     every_y = torch.eye(getattr(model, "n_classes", 10), device=z.device)
-    z = z.expand(len(every_y), -1, -1)
+    z = z.expand(len(every_y), -1, -1)  # repeats z for each class, unless each has its own
     images = [model.decode(z[k], y.expand(z.shape[1], -1)) for k, y in enumerate(every_y)]
     return torch.stack(images).flatten(2)
 
@@ -127,29 +133,38 @@ def plot_handwriting(model, x, prior=None, classes=None, title="input, then its 
 
     With a list of priors and the classes (N,) of x, mu is moved first: from its place among the
     codes of its own class to the same place, in standard deviations, among those of each class.
-    Raises ValueError if only one of them is given.
+    Raises ValueError if only one of them is given, or if the classes are not those of the priors.
     """
     if (prior is None) != (classes is None):
         raise ValueError("to move mu, plot_handwriting needs a list of priors and the classes of x")
     z = model.encode(x)[0]  # (N, z_dim)
     if prior is not None:
+        given = torch.as_tensor(classes, device=z.device)
+        classes = given.long()  # a MNIST file's uint8 would be taken for a mask
+        if (classes.shape != (len(x),) or given.is_floating_point()
+                or classes.min() < 0 or classes.max() >= len(prior)):
+            raise ValueError("classes must hold, for each image of x, an integer from 0 to "
+                             f"{len(prior) - 1}")
         mean = torch.stack([r.mean for r in prior])  # (n_classes, z_dim)
         sd = torch.stack([r.stddev for r in prior])  # (n_classes, z_dim)
         z = mean[:, None] + (z - mean[classes]) / sd[classes] * sd[:, None]  # (n_classes, N, z_dim)
     x = x.flatten(1)
-    columns = [x, torch.zeros_like(x), *decode_classes(model, z)]
-    return show(torch.stack(columns, 1).flatten(0, 1), title, len(columns))
+    blank = torch.zeros_like(x)  # an empty column between the input and the drawings
+    columns = [x, blank, *decode_classes(model, z)]
+    labels = ["x", "", *range(len(columns) - 2)]
+    return show(torch.stack(columns, 1).flatten(0, 1), title, len(columns), column_labels=labels)
 
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """Shows images decoded over the plane of z, and codes (N, 2) on it, by N(0, 1)'s quantiles."""
+    """Shows images decoded over the plane of z, beside codes (N, 2); axes: N(0, 1)'s quantiles."""
     normal = D.Normal(0.0, 1.0)
     ticks = normal.icdf((torch.arange(n) + 0.5) / n)
     z = torch.stack(torch.meshgrid(ticks, ticks.flip(0), indexing="xy"), 2)  # (n, n, 2), by rows
     grid = tile(model.decode(z.view(-1, 2).to(codes.device)), n)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
-    left.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, 1, 0, 1))
+    left.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=(0, 1, 0, 1),
+                origin="upper")
     colours = {} if labels is None else {"c": labels.cpu(), "cmap": "tab10"}
     dots = right.scatter(*normal.cdf(codes).cpu().T, s=0.2, antialiased=False, **colours)
     if labels is not None:
@@ -162,7 +177,7 @@ def plot_manifold(model, codes, labels=None, n=10):
 
 
 def plot_curves(history):
-    """Shows the -ELBO of training and test images, by epoch."""
+    """Shows the -ELBO of the training and test images after each epoch."""
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     for name, images in ("nelbo_train", "training images"), ("nelbo", "test images"):
         values = [metrics[name] for metrics in history]
@@ -177,7 +192,7 @@ def plot_curves(history):
 # The data
 
 def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu"):
-    """Makes Data of arrays, CPU tensors or lists: images (N, H*H), (N, H, H) or (N, 1, H, H).
+    """Makes Data from arrays, CPU tensors or lists: images (N, H*H), (N, H, H) or (N, 1, H, H).
 
     Images are integers from 0, paper, to 255, ink, or floats from 0 to 1, and are copied. Labels
     are (N,) or None. A ValueError says what is wrong.
@@ -189,6 +204,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
         x = np.asarray(x)
         image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
+        # Integers of which the largest is 1 are refused, too: divided by 255, they would be paper.
         if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
             raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 "
                              "(images of only 0 and 1 must be floats), but it holds "
@@ -210,10 +226,13 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
 
 
 def check_data(data):
-    """Raises ValueError unless both parts have images, and labels for all of them or for none."""
+    """Raises ValueError unless both parts have images from 0 to 1, and labels for all or none."""
     for part, x, y in ("train", *data[:2]), ("test", *data[2:4]):
         if x is None or len(x) == 0 or y is not None and len(y) != len(x):
             raise ValueError(f"x_{part} must have images, and y_{part} one label for each, or None")
+        if not 0 <= x.min() <= x.max() <= 1:  # this refuses nan, too
+            raise ValueError(f"x_{part} must have values from 0 (paper) to 1 (ink), but these "
+                             f"range from {x.min():g} to {x.max():g}")
 
 
 def load_mnist(root="data", device="cpu"):
@@ -227,7 +246,7 @@ def load_mnist(root="data", device="cpu"):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds, so that a silent mirror cannot hang the script
     try:
-        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite a user's
+        for archive in folder.glob("*-ubyte.gz"):  # a download would overwrite the user's own
             if archive.stat().st_size and not archive.with_suffix("").exists():
                 with suppress(EOFError, zlib.error, gzip.BadGzipFile):  # if damaged, download it
                     archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
@@ -236,9 +255,9 @@ def load_mnist(root="data", device="cpu"):
     except Exception as error:  # torchvision raises all sorts of errors
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
-            raise OSError(f"{folder} does not hold MNIST ({error}); give another folder, or "
-                          "call common.make_data for images of your own") from error
-        print(f"WARNING: no MNIST could be downloaded ({error!r}); using scikit-learn's 8x8 digits")
+            raise OSError(f"{folder} does not hold MNIST ({error}); delete the damaged file, give "
+                          "another folder, or call common.make_data for your own") from error
+        print(f"WARNING: MNIST could not be downloaded ({error!r}); using scikit-learn's digits")
         data = make_data(*bundled_digits(), "scikit-learn's 8x8 digits (NOT MNIST)")
     finally:
         socket.setdefaulttimeout(timeout)
@@ -257,16 +276,17 @@ def bundled_digits():
 
 # The fitted prior
 
-def fit_mixture(z, n_components):
+def fit_mixture(z, n_components, name="prior"):
     """Fits a mixture of Gaussians to codes z (N, z_dim), and returns it as a torch distribution.
 
-    We require 20 codes for each Gaussian and dimension, on average. If there are too few codes for
-    n_components Gaussians, fewer are fitted; if there are too few for one, N(0, I) is returned.
+    Each Gaussian needs 20 * z_dim codes, on average. If there are too few codes for n_components
+    Gaussians, fewer are fitted, or N(0, I) is returned, and a message says so, with this name.
     """
     n, z_dim = z.shape
     enough = n // (20 * z_dim)
     if enough < n_components:
-        print(f"{n} codes are too few to fit {n_components} Gaussians, so {enough} are fitted")
+        used = f"{enough} are fitted" if enough else "N(0, I) is used"
+        print(f"{name}: {n} codes are too few to fit {n_components} Gaussians, so {used}")
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)
@@ -283,7 +303,7 @@ def fit_mixture(z, n_components):
 # The plumbing
 
 def number(kind, least, allowed):
-    """Returns an argparse type: finite numbers >= `least`, described as `allowed` in errors."""
+    """Returns an argparse type: a finite `kind`, int or float, >= `least`; errors say `allowed`."""
     def parse(text):
         with suppress(ValueError):
             if least <= kind(text) < math.inf:  # this is false for nan, too
@@ -322,7 +342,7 @@ def save(state_dict, path):
 
 
 def run(main):
-    """Calls main, in a shell or a notebook; a file error or divergence ends in one line."""
+    """Calls main, in a shell or a notebook; a file error or divergence ends in one line of text."""
     if "kernel_launcher" in sys.argv[0]:  # pasted into a notebook: the arguments are Jupyter's
         return main()
     if isinstance(sys.stdout, io.TextIOWrapper):  # under a notebook's %run it is not
