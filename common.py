@@ -225,14 +225,16 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     return Data(*tensors, source)
 
 
-def check_data(data):
-    """Raises ValueError unless both parts have images from 0 to 1, and labels for all or none."""
+def check_data(data, n_classes=math.inf):
+    """Raises ValueError unless images are from 0 to 1, and all or none have labels < n_classes."""
     for part, x, y in ("train", *data[:2]), ("test", *data[2:4]):
         if x is None or len(x) == 0 or y is not None and len(y) != len(x):
             raise ValueError(f"x_{part} must have images, and y_{part} one label for each, or None")
         if not 0 <= x.min() <= x.max() <= 1:  # this refuses nan, too
             raise ValueError(f"x_{part} must have values from 0 (paper) to 1 (ink), but these "
                              f"range from {x.min():g} to {x.max():g}")
+        if y is not None and y.max() >= n_classes:
+            raise ValueError(f"y_{part} holds the label {y.max()}, but n_classes is {n_classes}")
 
 
 def load_mnist(root="data", device="cpu"):

@@ -85,10 +85,7 @@ def train(model, data, epochs=15, batch_size=128, lr=8e-3, beta=10.0):
     """
     if data.y_train is None or data.y_test is None:
         raise ValueError("a conditional VAE needs y_train and y_test: a label for each image")
-    common.check_data(data)
-    largest = max(data.y_train.max(), data.y_test.max()).item()
-    if largest >= model.n_classes:
-        raise ValueError(f"the largest label is {largest}, but n_classes is {model.n_classes}")
+    common.check_data(data, model.n_classes)
     n = len(data.x_train)
     y_train = common.one_hot(data.y_train, model.n_classes)  # (N, n_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr,
