@@ -67,8 +67,8 @@ def show(images, title="", columns=8, row_labels=(), size=0.6, column_labels=())
     grid = tile(images, columns)
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    width = size * (columns + 1.6 * bool(row_labels))
-    height = size * (rows + 0.5 * bool(column_labels)) + 0.3
+    width = size * (columns + 1.6 * (len(row_labels) > 0))
+    height = size * (rows + 0.5 * (len(column_labels) > 0)) + 0.3
     figure, axes = plt.subplots(figsize=(max(4, width), height), layout="compressed")
     extent = 0, columns, rows, 0  # an image is 1 wide and 1 high
     axes.imshow(grid, "gray_r", vmin=0, vmax=1, interpolation="nearest", extent=extent,
@@ -133,15 +133,15 @@ def plot_handwriting(model, x, prior=None, classes=None, title="input, then its 
 
     With a list of priors and the classes (N,) of x, mu is moved first: from its place among the
     codes of its own class to the same place, in standard deviations, among those of each class.
-    Raises ValueError if only one of them is given, or if the classes are not those of the priors.
+    Raises ValueError if only one of them is given, or if a class has no prior.
     """
     if (prior is None) != (classes is None):
         raise ValueError("to move mu, plot_handwriting needs a list of priors and the classes of x")
     z = model.encode(x)[0]  # (N, z_dim)
     if prior is not None:
         given = torch.as_tensor(classes, device=z.device)
-        classes = given.long()  # a MNIST file's uint8 would be taken for a mask
-        if (classes.shape != (len(x),) or given.is_floating_point()
+        classes = given.long()  # uint8 would be taken for a mask
+        if (given.is_floating_point() or given.dtype == torch.bool or given.shape != (len(x),)
                 or classes.min() < 0 or classes.max() >= len(prior)):
             raise ValueError("classes must hold, for each image of x, an integer from 0 to "
                              f"{len(prior) - 1}")
@@ -157,7 +157,7 @@ def plot_handwriting(model, x, prior=None, classes=None, title="input, then its 
 
 @torch.no_grad()
 def plot_manifold(model, codes, labels=None, n=10):
-    """Shows images decoded over the plane of z, beside codes (N, 2); axes: N(0, 1)'s quantiles."""
+    """Shows images over the plane of z, beside codes (N, 2); the axes show N(0, 1)'s quantiles."""
     normal = D.Normal(0.0, 1.0)
     ticks = normal.icdf((torch.arange(n) + 0.5) / n)
     z = torch.stack(torch.meshgrid(ticks, ticks.flip(0), indexing="xy"), 2)  # (n, n, 2), by rows
@@ -205,7 +205,7 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
         image_side(x, f"x_{part}")
         most = 1 if x.dtype.kind == "f" else 255
         # Integers of which the largest is 1 are refused, too: divided by 255, they would be paper.
-        if not 0 <= x.min() <= x.max() <= most or x.max() == 1 < most:
+        if not -0.001 < x.min() <= x.max() < most + 0.001 or x.max() == 1 < most:
             raise ValueError(f"x_{part} must be floats from 0 to 1, or integers from 0 to 255 "
                              "(images of only 0 and 1 must be floats), but it holds "
                              f"{x.dtype} from {x.min()} to {x.max()}")
@@ -225,16 +225,16 @@ def make_data(x_train, y_train, x_test, y_test, source="own data", device="cpu")
     return Data(*tensors, source)
 
 
-def check_data(data, n_classes=math.inf):
+def check_data(data, n_classes=None):
     """Raises ValueError unless images are from 0 to 1, and all or none have labels < n_classes."""
     for part, x, y in ("train", *data[:2]), ("test", *data[2:4]):
         if x is None or len(x) == 0 or y is not None and len(y) != len(x):
             raise ValueError(f"x_{part} must have images, and y_{part} one label for each, or None")
-        if not 0 <= x.min() <= x.max() <= 1:  # this refuses nan, too
+        if not -0.001 < x.min() <= x.max() < 1.001:  # resizing rounds; this refuses nan, too
             raise ValueError(f"x_{part} must have values from 0 (paper) to 1 (ink), but these "
                              f"range from {x.min():g} to {x.max():g}")
-        if y is not None and y.max() >= n_classes:
-            raise ValueError(f"y_{part} holds the label {y.max()}, but n_classes is {n_classes}")
+        if n_classes and not 0 <= y.min() <= y.max() < n_classes:
+            raise ValueError(f"y_{part} holds {y.min()} to {y.max()}, but n_classes is {n_classes}")
 
 
 def load_mnist(root="data", device="cpu"):
@@ -257,8 +257,8 @@ def load_mnist(root="data", device="cpu"):
     except Exception as error:  # torchvision raises all sorts of errors
         downloaded = len([*folder.glob("*-ubyte")]) == 4
         if downloaded or not isinstance(error, (RuntimeError, TimeoutError, ConnectionError)):
-            raise OSError(f"{folder} does not hold MNIST ({error}); delete the damaged file, give "
-                          "another folder, or call common.make_data for your own") from error
+            raise OSError(f"{folder} does not hold MNIST ({error}); delete any damaged file, give "
+                          "another folder, or call common.make_data for your images") from error
         print(f"WARNING: MNIST could not be downloaded ({error!r}); using scikit-learn's digits")
         data = make_data(*bundled_digits(), "scikit-learn's 8x8 digits (NOT MNIST)")
     finally:
@@ -282,13 +282,13 @@ def fit_mixture(z, n_components, name="prior"):
     """Fits a mixture of Gaussians to codes z (N, z_dim), and returns it as a torch distribution.
 
     Each Gaussian needs 20 * z_dim codes, on average. If there are too few codes for n_components
-    Gaussians, fewer are fitted, or N(0, I) is returned, and a message says so, with this name.
+    Gaussians, fewer are fitted, or N(0, I) is returned; a message with this name says so.
     """
     n, z_dim = z.shape
     enough = n // (20 * z_dim)
     if enough < n_components:
-        used = f"{enough} are fitted" if enough else "N(0, I) is used"
-        print(f"{name}: {n} codes are too few to fit {n_components} Gaussians, so {used}")
+        used = f"{enough} Gaussians" if enough else "N(0, I)"
+        print(f"{name}: {n} codes are too few to fit {n_components} Gaussians, so {used} is used")
     if enough == 0:
         return D.Independent(D.Normal(z.new_zeros(z_dim), 1.0), 1)
     n_components = min(n_components, enough)

@@ -140,8 +140,8 @@ def warp(x):
     bump = torch.eye(4, device=x.device)[None, None]
     bump = F.interpolate(bump, (4, side), mode="bicubic", align_corners=True)[0, 0]  # (4, 28)
     bend = bump.T @ moves @ bump  # (n, 2, 28, 28)
-    # The pixel of Tx in a row and a column is looked up in x, at the place that grid gives there.
-    grid = (affine @ plane).view(n, 2, side, side) + bend  # (n, 2, 28, 28): column and row in x
+    # For each pixel of Tx, grid says at which column and row the pixel is looked up in x.
+    grid = (affine @ plane).view(n, 2, side, side) + bend  # (n, 2, 28, 28)
     x = x.view(n, 1, side, side)
     return F.grid_sample(x, grid.permute(0, 2, 3, 1), align_corners=False).flatten(1)
 
@@ -156,8 +156,8 @@ def train(model, data, epochs=15, batch_size=128, lr=6e-3, beta=1.0,
         raise ValueError(f"the objective {objective!r} is not one of elbo, capacity, clustering")
     common.check_data(data)
     n = len(data.x_train)
-    optimizer = torch.optim.Adam(model.parameters(), lr,
-                                 fused=True)  # one kernel for all weights: 9 % faster
+    # fused=True updates all weights in one kernel, which is 9 % faster.
+    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     history = []
     step = 0
     steps = epochs * math.ceil(n / batch_size)

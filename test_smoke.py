@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -89,8 +88,8 @@ def gaussian(mean, sd=1.0):
 
 # The mathematics. Delete a function's body, write it again, and let its test judge, for example:
 # pytest --tb=short test_smoke.py -k gaussian_kl
-# A test of what all scripts have runs once for each. So if only vae.py is wrong, pytest prints
-# "F..", which is one failure and two passes.
+# A function that all scripts have is tested in each: if only vae.py is wrong, pytest prints "F..",
+# which is one failure and two passes.
 
 def check(right, message):
     if not right:
@@ -103,10 +102,7 @@ def slope(loss, x):
 
 
 def judge(name, loss, oracle, shape, slips={}, hint="", learns="", **inputs):
-    """Compares a loss with the right one, the oracle: first the values, then the gradients.
-
-    Its inputs have this shape. If it has the value of a common slip, the message names the slip.
-    """
+    """Compares a loss with the oracle: the value, then the gradients. Names common slips."""
     check(torch.is_tensor(loss), f"{name} returned {loss}; it should return a tensor")
     check(loss.dim() == 0, f"{name} returned a tensor of shape {tuple(loss.shape)}; it should "
                            "return a single number, averaged over the images")
@@ -142,7 +138,7 @@ def test_reparameterize(script):
           "reparameterize: the noise (z - mu) / sigma, with sigma = exp(log_var / 2), should have "
           "mean 0 and variance 1, and differ for each number of each image (correlation 0); it has "
           f"means from {mean.min():.2f} to {mean.max():.2f}, variances from {variance.min():.2f} "
-          f"to {variance.max():.2f}, and correlations up to {tied.max():.2f}")
+          f"to {variance.max():.2f}, and correlations up to {abs(tied).max():.2f}")
     oracle = mu + torch.exp(log_var / 2) * noise[0].view(3, 5)  # equals z, with the right gradients
     judge("reparameterize", z.sum(), oracle.sum(), (3, 5), mu=mu, log_var=log_var)
 
@@ -223,8 +219,6 @@ def test_one_hot():
         found, right = common.one_hot(torch.tensor(labels), n_classes), torch.eye(n_classes)[labels]
         check(torch.is_tensor(found) and found.dtype == right.dtype and found.equal(right),
               f"one_hot of {labels} returned\n{found}\nit should return the floats\n{right}")
-    with suppress(RuntimeError, IndexError):  # a label beyond the classes may be refused
-        check(not common.one_hot(torch.tensor([10])).any(), "one_hot encoded 10 as one of 0 to 9")
 
 
 def test_score():
@@ -312,7 +306,6 @@ def test_nothing_leaves_the_models_device(script, data, monkeypatch):
     monkeypatch.setattr(common, "check_data", lambda *given: None)
     with torch.device("meta"):
         model, toy, codes = MODELS[script](), Toy(), torch.zeros(9, 2)
-    monkeypatch.setattr(common, "make_data", lambda *given: data)
     data = common.load_mnist(device="meta")
     for call in script.train, script.evaluate:
         with pytest.raises(RuntimeError, match=r"item\(\)"):  # reached if all share a device
@@ -339,12 +332,10 @@ def test_own_images_of_another_size_without_labels(script):
 @pytest.mark.parametrize("script, change, options, message", [
     (cvae, dict(y_train=None), {}, "needs y_train and y_test"),
     (cvae, dict(y_train=torch.zeros(301)), {}, "y_train one label for each"),
-    (cvae, dict(x_test=torch.zeros(9, 784)), {}, "y_test one label for each"),
-    (cvae, dict(y_test=torch.full((299,), 12)), {}, "label 12, but n_classes is 10"),
+    (cvae, dict(y_test=torch.full((299,), 12)), {}, "holds 12 to 12, but n_classes is 10"),
     (vae, dict(x_test=torch.zeros(0, 784)), {}, "x_test must have"),
     (vae, dict(x_train=torch.full((300, 784), 1.1)), {}, "but these range from 1.1 to 1.1"),
     (gumbel_vae, dict(x_test=torch.full((299, 784), math.nan)), {}, "but these range from nan"),
-    (gumbel_vae, dict(x_test=None, y_test=None), {}, "x_test must have"),
     (gumbel_vae, {}, dict(objective="ELBO"), "'ELBO' is not one of")])
 def test_train_refuses_what_it_cannot_use(script, change, options, message, data):
     with pytest.raises(ValueError, match=message):
@@ -379,7 +370,6 @@ def test_evaluate_agrees_with_forward(script, unsure):
         assert metrics["i_c"] == pytest.approx(information.item(), abs=1e-3)
     right["nelbo"] = sum(right.values())
     assert {name: metrics[name] for name in right} == pytest.approx(right, rel=3e-3)
-    assert script.evaluate(model, data) == metrics  # so that epochs can be compared
 
 
 def test_a_fitted_prior_replaces_the_normal_one(script, unsure):
@@ -439,7 +429,6 @@ def test_a_mixture_fits_codes_in_many_spots():
     truth = D.MultivariateNormal(place, torch.tensor([[1.0, 0.8], [0.8, 1.0]]).double())
     prior, z = common.fit_mixture(truth.sample(), 150), truth.sample()
     assert truth.log_prob(z).mean() - math.log(150) - prior.log_prob(z).mean() < 0.1
-    assert prior.sample().dtype == z.dtype  # to(z) sets the device, too
 
 
 @pytest.mark.parametrize("script", [cvae, gumbel_vae])
@@ -474,9 +463,8 @@ def figures(script, data):
 
 def test_nothing_is_cut_off(script, figures):
     for name in {"generation", "fitted", "handwriting", "reconstruction"} & figures[0].keys():
-        file = io.BytesIO()
-        figures[0][name].savefig(file)
-        inked = (plt.imread(io.BytesIO(file.getvalue())) < 1).any(2).any(0)  # of each column
+        figures[0][name].savefig("picture.png")
+        inked = (plt.imread("picture.png") < 1).any(2).any(0)  # of each column
         left, right = inked.argmax(), inked[::-1].argmax()
         assert left > 0 and right > 0 and abs(left - right) <= 6, name
 
@@ -494,8 +482,6 @@ def test_generation_shows_codes_from_the_normal_prior(script, figures):
     assert "N(0, I)" in figure.axes[0].get_title("left")
     assert seen.shape == ((8, 8) if script is vae else (10, 8))
     assert 0.01 < seen[0].std() < 0.12  # 0.05 in the long run
-    one, two = (tones(common.plot_generation(Toy())) for call in range(2))
-    assert not one.equal(two)
     if script is not vae:
         assert_close(seen, seen[0] + 0.03 * torch.arange(10)[:, None])  # a column shares its z
         labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
@@ -540,7 +526,7 @@ def test_handwriting_takes_any_integers_as_classes_and_nothing_else():
     right, *found = (tones(common.plot_handwriting(Toy(), x, PRIORS, given))
                      for given in (c, c.byte(), c.short().numpy()))
     assert all(seen.equal(right) for seen in found)
-    for given in c - 1, c + 1, c[:, None], c.float(), one_hot(c), None:
+    for given in c - 1, c + 1, c[:, None], c.float(), c > 4, None:
         with pytest.raises(ValueError, match="classes"):
             common.plot_handwriting(Toy(), x, PRIORS, given)
 
@@ -590,11 +576,6 @@ def test_make_data_says_what_is_wrong(change, message):
         common.make_data(**{**good, **change})
 
 
-def test_make_data_warns_of_white_paper(data, capsys):
-    common.make_data(1 - data.x_train, None, data.x_test, None)
-    assert "is paper 0 and ink 1?" in capsys.readouterr().out
-
-
 def test_without_a_download_the_bundled_digits_are_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MNIST, "mirrors", [])  # no network
     raw = tmp_path / "MNIST/raw"
@@ -614,10 +595,7 @@ def test_a_users_own_archives_are_used_and_kept(script, tmp_path, monkeypatch):
         file.unlink()
     before = {file: file.read_bytes() for file in Path("MNIST/raw").iterdir()}
     start(script, "--data=.")
-    weights = torch.load(f"{script.__name__}.pt")
-    assert weights["to_hidden.weight"].shape == (400, 32 * 32)
-    told = {vae: 0, cvae: 26, gumbel_vae: 10}[script]
-    assert weights["from_latent.weight"].shape == (400, 20 + told)
+    assert torch.load(f"{script.__name__}.pt")["to_hidden.weight"].shape == (400, 32 * 32)
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
@@ -720,13 +698,11 @@ def test_each_option_reaches_the_training(script, data, monkeypatch):
     assert {name: found[name] for name in changed} == changed
 
 
-@pytest.mark.parametrize("fault, ends, message", [
-    (OSError("full"), SystemExit, "full"), (KeyError("typo"), KeyError, "typo")])
-def test_weights_survive_a_later_fault(fault, ends, message, script, data, monkeypatch):
-    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=fault))
+def test_weights_survive_a_later_fault(script, data, monkeypatch):
+    monkeypatch.setattr(script, "fit_prior", Mock(side_effect=KeyError("typo")))
     for home in "HOME", "USERPROFILE":  # the second on Windows
         monkeypatch.setenv(home, os.getcwd())
-    with pytest.raises(ends, match=message):
+    with pytest.raises(KeyError, match="typo"):  # a mistake keeps its traceback
         start(script, "--data=~/data", "--out=~/runs")
     weights = script.fit_prior.call_args.args[0].cpu().state_dict()
     assert_close(torch.load(f"runs/{script.__name__}.pt"), dict(weights))
@@ -755,7 +731,7 @@ def test_bad_options_are_refused(arguments, message, data, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--lr=1e30", "diverged"), ("--data=FILE", "FILE"), ("--out=FILE", "FILE"),
-    ("--data=CUT", "delete the damaged file")])
+    ("--data=CUT", "delete any damaged file")])
 def test_faults_end_in_one_line_and_leave_no_file(arguments, message, script, data):
     Path("FILE").touch()
     images = Path(shutil.copytree("data", "CUT"), "MNIST/raw/train-images-idx3-ubyte")
@@ -772,13 +748,10 @@ def test_faults_end_in_one_line_and_leave_no_file(arguments, message, script, da
     (gumbel_vae, ["gumbel_vae.py", "--epochs=1"])])  # as %run does
 def test_a_script_trains_in_a_notebook(script, argv, data, monkeypatch):
     source = Path(script.__file__).read_text(encoding="utf-8")
-    old = Path(f"samples/{script.__name__}_of_mine.png")
-    old.parent.mkdir()
-    old.touch()
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # in a notebook, it is no file
     exec(source, {"__name__": "__main__"})
-    assert Path(f"samples/{script.__name__}.pt").exists() and old.exists()
+    assert Path(f"samples/{script.__name__}.pt").exists()
 
 
 # The README
@@ -790,7 +763,7 @@ def test_the_readme_quotes_the_code_as_it_is():
 
 
 def test_the_links_of_the_readme_lead_somewhere():
-    paths = re.findall(r"\]\(([\w./]+)[#)]", README)
+    paths = re.findall(r'(?:\]\(|src=")([\w./]+)[#)"]', README)
     assert [path for path in paths if not (HERE / path).exists()] == []
 
 
