@@ -20,8 +20,8 @@ and --objective decides what happens to its KL terms:
     Dupont 2018, arXiv:1804.00104; Hu et al. 2017 (IMSAT), arXiv:1702.08720
     Chen et al. 2016 (InfoGAN), arXiv:1606.03657, equation 5
 
-    python gumbel_vae.py  # ACC 0.985 ± 0.001, NMI 0.960 ± 0.002, test -ELBO 102.9 ± 0.2 nats,
-                          # 99.3 ± 0.1 with the fitted priors
+    python gumbel_vae.py  # ACC 0.985 ± 0.001, NMI 0.959 ± 0.002, test -ELBO 102.89 ± 0.08 nats,
+                          # 99.29 ± 0.05 with the fitted priors
 """
 import argparse
 import math
@@ -105,7 +105,7 @@ def clustering(log_q, log_q_warped):
     each, in rows i and N + i. The KL is a mean over all rows; its gradient goes only to q(c|Tx).
     H(c|x) is the mean entropy of q(c|x), and H(c) the entropy of the mean of q(c|x).
     """
-    # The target is detached: without this, ACC was 0.28 in place of 0.985.
+    # The target is detached: without this, ACC was 0.30 in place of 0.98.
     target = log_q.detach().repeat(2, 1)  # (2 N, K)
     # F.kl_div takes its arguments in reverse: kl_div(log q, log p) is KL(p || q).
     invariance = F.kl_div(log_q_warped, target, reduction="batchmean", log_target=True)
